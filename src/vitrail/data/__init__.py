@@ -1,0 +1,1 @@
+"""Sources, audit, splits, decoding, views and loaders."""

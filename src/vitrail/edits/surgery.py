@@ -1,0 +1,53 @@
+"""Replace modules of any model by rule.
+
+An edit is ``edit(**options) -> Callable[[nn.Module], nn.Module]``; most are a rule given to ``replace_modules``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from torch import nn
+
+from vitrail.errors import InputError
+
+Edit = Callable[[nn.Module], nn.Module]
+
+
+def replace_modules(
+    model: nn.Module,
+    matches: Callable[[str, nn.Module], bool],
+    build: Callable[[nn.Module], nn.Module],
+    *,
+    what: str,
+) -> nn.Module:
+    """Replace every module for which ``matches(name, module)`` holds by ``build(module)``, in place.
+
+    A replaced module's own children are not visited; the new module takes over training mode and device of the old one.
+
+    Raises:
+        InputError: nothing matched; the text lists the kinds of module that the model has.
+    """
+    found = 0
+
+    def visit(parent: nn.Module, prefix: str) -> None:
+        nonlocal found
+        for name, child in list(parent.named_children()):
+            path = f"{prefix}{name}"
+            if matches(path, child):
+                new = build(child).train(child.training)
+                tensor = next(iter([*child.parameters(), *child.buffers()]), None)
+                if tensor is not None:
+                    new = new.to(tensor.device)
+                setattr(parent, name, new)
+                found += 1
+            else:
+                visit(child, f"{path}.")
+
+    visit(model, "")
+    if not found:
+        kinds = Counter(type(module).__name__ for module in model.modules() if module is not model)
+        listed = ", ".join(f"{name} x{count}" for name, count in kinds.most_common(12))
+        raise InputError(f"the edit found no {what} in {type(model).__name__}; its modules are: {listed}")
+    return model

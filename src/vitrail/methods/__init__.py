@@ -1,0 +1,1 @@
+"""Training objectives: each is a plain ``nn.Module`` with a ``loss``."""

@@ -1,0 +1,95 @@
+"""Create any timm or Vitrail model by name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from functools import cache
+from typing import Any
+
+import timm
+from torch import nn
+
+from vitrail.errors import InputError, nearest, unknown
+
+
+@cache
+def _register() -> None:
+    """Import every backbone file of this package: importing one registers its models with timm."""
+    import vitrail.models as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def model_names() -> list[str]:
+    """Return the names of all models, timm's and ours."""
+    _register()
+    return timm.list_models()
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    img_size: int | None = None,
+    in_chans: int = 3,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    **options: Any,
+) -> nn.Module:
+    """Build a model without pretrained weights.
+
+    Args:
+        name: a name of ``model_names()``.
+        num_classes: outputs of the classifier; 0 leaves the head off.
+        img_size: input side in pixels, given to models built for one size.
+        in_chans: input channels.
+        drop_rate: dropout before the classifier, in [0, 1).
+        drop_path_rate: stochastic depth, in [0, 1); left out where the architecture has none and it is 0.
+        **options: further arguments of the architecture.
+
+    Raises:
+        InputError: no such model, or an option it does not take.
+    """
+    _register()
+    if not timm.is_model(name):
+        raise unknown("model", name, model_names(), "`vitrail list --models` lists them all")
+    if drop_path_rate:
+        options["drop_path_rate"] = drop_path_rate
+    if img_size is not None and _is_fixed_size(name):
+        options["img_size"] = img_size
+    try:
+        return timm.create_model(
+            name, pretrained=False, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, **options
+        )
+    except TypeError as error:
+        text = str(error)
+        given = text.rsplit("argument", 1)[-1].strip(" '") if "unexpected keyword" in text else ""
+        if given in options:
+            known = sorted(_constructor_arguments(name))
+            close = nearest(given, known)
+            offer = f"did you mean {close[0]!r}?" if close else f"it takes: {', '.join(known)}"
+            raise InputError(f"the model {name} does not take the option {given!r}; {offer}") from None
+        raise
+
+
+def _is_fixed_size(name: str) -> bool:
+    config = timm.models.get_pretrained_cfg(name)
+    return bool(config is not None and config.fixed_input_size)
+
+
+def _constructor_arguments(name: str) -> set[str]:
+    module = inspect.getmodule(timm.models.model_entrypoint(name))
+    classes = [
+        member
+        for _, member in inspect.getmembers(module, inspect.isclass)
+        if issubclass(member, nn.Module) and member.__module__ == getattr(module, "__name__", "")
+    ]
+    return {
+        argument
+        for kind in classes
+        for argument in inspect.signature(kind).parameters
+        if argument not in ("self", "args", "kwargs") and hasattr(kind, "reset_classifier")
+    }
