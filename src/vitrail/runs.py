@@ -1,7 +1,7 @@
 """The run folder: fixed names, atomic writes.
 
-A file is written beside its place, flushed to the disk and renamed, so that a reader, or a run that is killed and started
-again, sees the old file or the new one and never a part.
+A file is written beside its place, flushed to the disk and renamed, so that a reader, or a run that is killed and
+started again, sees the old file or the new one and never a part.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 Batch = Mapping[str, Any]
-"""``image`` (or one entry per name in ``Method.views``): normalised floats (B, 3, H, W). ``target``: class numbers (B,),
-or probabilities / multi-hot (B, C). ``row``: the samples' rows in the index (B,)."""
+"""``image`` (or one entry per name in ``Method.views``): normalised floats (B, 3, H, W). ``target``: class numbers
+(B,), or probabilities / multi-hot (B, C). ``row``: the samples' rows in the index (B,)."""
 
 
 class Method(nn.Module):

@@ -83,7 +83,8 @@ def load_pretrained(model: nn.Module, name: str, source: str = "auto", *, sha256
     Args:
         model: built by ``create_model(name, ...)``.
         name: the model's registry name.
-        source: ``"auto"`` (package, then hub unless offline, else none), ``"none"``, ``"package"``, ``"hub"`` or a path.
+        source: ``"auto"`` (package, then hub unless offline, else none), ``"none"``, ``"package"``, ``"hub"`` or
+            a path.
         sha256: checksum that a local file must have.
 
     Returns:

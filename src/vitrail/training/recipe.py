@@ -33,7 +33,7 @@ class DataConfig(Section):
     path: str | None = None
     """Folder, manifest (CSV or Parquet), IDX folder, ``hf://name``, shard pattern; ``None`` is the embedded digits."""
     level: Positive | None = None
-    """Folder depth that names the class (``a/b/img.png`` with level 2 is class ``a/b``); ``None``: the parent folder."""
+    """Folder depth that names the class (``a/b/x.png`` at level 2 is class ``a/b``); ``None``: the parent folder."""
     path_column: str = "path"
     label_column: str = "label"
     group_column: str | None = None
@@ -279,23 +279,20 @@ def recipe_keys(section: type[Section] = Recipe, prefix: str = "") -> list[str]:
 
 def _explain(error: ValidationError, where: str) -> InputError:
     """Turn the first validation error into one line."""
-    first = error.errors()[0]
+    first, *others = error.errors()
+    keys = recipe_keys()
     # Members of a union appear in the location as type names; only keys and indices mean something to a user.
     parts = [str(part) for part in first["loc"]]
-    keys = recipe_keys()
     while len(parts) > 1 and ".".join(parts) not in keys and ".".join(parts[:-1]) in keys:
         parts.pop()
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":
-        *head, leaf = parts
-        section = ".".join(head)
-        siblings = [name for name in keys if name.startswith(f"{section}." if section else "")]
-        close = [name for name in keys if name.rsplit(".", 1)[-1] == leaf] or None
-        cause = unknown("key", key, close or siblings or keys, f"(in {where}; section [{section or 'top'}])")
-        if close:
-            return InputError(f"unknown key {key!r} in {where}: did you mean {' or '.join(map(repr, close))}?")
-        return cause
-    allowed = "; ".join(
-        dict.fromkeys(e["msg"] for e in error.errors() if e["loc"][: len(parts)] == first["loc"][: len(parts)])
-    )
-    return InputError(f"{key} = {first['input']!r} in {where} is not allowed: {allowed}")
+        elsewhere = [name for name in keys if name.rsplit(".", 1)[-1] == parts[-1]]
+        if elsewhere:
+            return InputError(f"unknown key {key!r} in {where}: did you mean {' or '.join(map(repr, elsewhere))}?")
+        prefix = "".join(f"{part}." for part in parts[:-1])
+        siblings = {prefix + name.removeprefix(prefix).split(".")[0] for name in keys if name.startswith(prefix)}
+        return unknown("key", key, siblings, f"(in {where})")
+    depth = len(parts)
+    messages = [first["msg"], *(other["msg"] for other in others if other["loc"][:depth] == first["loc"][:depth])]
+    return InputError(f"{key} = {first['input']!r} in {where} is not allowed: {'; or: '.join(dict.fromkeys(messages))}")

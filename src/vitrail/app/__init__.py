@@ -1,0 +1,1 @@
+"""The use cases: fit, audit, predict, evaluate, export."""
