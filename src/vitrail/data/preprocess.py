@@ -50,7 +50,10 @@ class Preprocess:
         """Return the resized and cropped pixels: (H, W, 3), uint8. The image is RGB."""
         height, width = self.resized(image.height, image.width)
         if (width, height) != image.size:
-            image = image.resize((width, height), RESAMPLING[self.interpolation])
+            # Along the rows, then along the columns. In one call Pillow 13 takes the columns of some images first, which
+            # earlier versions and the ONNX graph do not; the rounding between the two makes that a few grey levels.
+            method = RESAMPLING[self.interpolation]
+            image = image.resize((width, image.height), method).resize((width, height), method)
         top, left = (height - self.size[0]) // 2, (width - self.size[1]) // 2
         if (height, width) != self.size:
             image = image.crop((left, top, left + self.size[1], top + self.size[0]))
