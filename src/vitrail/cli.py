@@ -166,6 +166,7 @@ def show(slug: str) -> None:
     lines += [f"code      {card.code}"] if card.code else []
     lines += [f"provides  {name}" for name in card.provides]
     lines += [f"missing   {card.missing}"] if card.missing else []
+    lines += [f"differs   {card.differences}"] if card.differences else []
     lines += [f"claim     {claim.text} ({claim.source})" for claim in card.claims]
     for size in card.sizes:
         flops = f", {size.flops:g} G multiply-adds" if size.flops else ""

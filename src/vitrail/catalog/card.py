@@ -10,7 +10,7 @@ import importlib
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -78,8 +78,10 @@ class Card:
     sizes: tuple[Size, ...] = ()
     check: str = ""
     """Import path of the check's module; empty for baselines, against which checks compare."""
-    missing: str = field(default="")
+    missing: str = ""
     """What a partial system lacks."""
+    differences: str = ""
+    """Where our figures differ from the published ones, and why."""
 
 
 def _card_folders() -> Iterator[Path]:

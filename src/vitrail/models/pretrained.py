@@ -152,7 +152,8 @@ def read_weights(path: str | Path, sha256: str | None = None) -> dict[str, Tenso
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot read the weights {path}: {str(error).splitlines()[0]}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"cannot read the weights {path}: {reason}; the file is damaged or of another kind") from None
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":
             raise
