@@ -65,7 +65,7 @@ def main() -> None:
         run(BIN / "mypy")
     elif task == "docs":
         install("docs")
-        run(BIN / "python", "docs/build.py")
+        run(BIN / "sphinx-build", "-q", "-b", "html", "docs", "build/site")
     else:
         sys.exit(__doc__)
 
