@@ -8,6 +8,7 @@ import warnings
 from types import TracebackType
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from vitrail.errors import VitrailError
@@ -110,13 +111,57 @@ def decode(
             _check_size(image.width, image.height, max_pixels)
             image.load()
             _check_size(image.width, image.height, max_pixels)  # the picture inside an icon has a header of its own
-            result = _upright(_to_rgb(image, background), image)
+            result = _to_rgb(image, background)
+            if (orientation := _orientation(image)) in UPRIGHT:
+                result = result.transpose(UPRIGHT[orientation])
     except UnreadableImage:
         raise
     except Exception as error:  # noqa: BLE001 - decoders fail in every way there is; none may stop a run
         raise UnreadableImage(_reason(error)) from None
     result.info = {}  # a second reader must not turn the image again, or apply its profile
     return result
+
+
+def decode_array(
+    blob: bytes | np.ndarray,
+    *,
+    background: tuple[int, int, int] = (255, 255, 255),
+    max_pixels: int = 100_000_000,
+) -> np.ndarray:
+    """Return the pixels of ``decode`` as uint8 (H, W, 3), quicker for common JPEG files.
+
+    The same libjpeg-turbo decodes either way, so the pixels are the same; what the quick way cannot do or refuses is
+    left to ``decode``, which also finds the reason. The array may be read-only.
+
+    Args:
+        blob, background, max_pixels: as for ``decode``.
+
+    Raises:
+        UnreadableImage: as ``decode`` does.
+    """
+    if isinstance(blob, np.ndarray) and blob.dtype == np.uint8 and blob.ndim == 3 and blob.shape[2] == 3 and blob.size:
+        _check_size(blob.shape[1], blob.shape[0], max_pixels)
+        return blob
+    if isinstance(blob, bytes) and blob.startswith(b"\xff\xd8\xff"):
+        pixels = _common_jpeg(blob, max_pixels)
+        if pixels is not None:
+            return pixels
+    return np.asarray(decode(blob, background=background, max_pixels=max_pixels))
+
+
+def _common_jpeg(blob: bytes, max_pixels: int) -> np.ndarray | None:
+    """Decode a sound, upright JPEG in colour or grey; None for any other."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(blob)
+        if colours not in ("YCbCr", "RGB", "Gray") or not 0 < height * width <= max_pixels:
+            return None
+        if b"Exif\0" in blob or b"tiff:Orientation" in blob:  # the second is XMP, which Pillow reads as well
+            with _QUIET, Image.open(io.BytesIO(blob), formats=("JPEG",)) as header:
+                if _orientation(header) in UPRIGHT:
+                    return None
+        return simplejpeg.decode_jpeg(blob)
+    except Exception:  # noqa: BLE001 - as in ``decode``, which is tried next and gives the reason
+        return None
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -175,13 +220,12 @@ def _to_bytes(values: np.ndarray) -> np.ndarray:
     return np.rint(scaled).astype(np.uint8)
 
 
-def _upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
-    """Turn the image as the EXIF orientation of ``source`` says."""
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) if there is none."""
     try:
-        orientation = source.getexif().get(ORIENTATION_TAG, 1)
+        return image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # noqa: BLE001 - a damaged tag is no reason to lose the pixels
-        return rgb
-    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+        return 1
 
 
 def _reason(error: Exception) -> str:

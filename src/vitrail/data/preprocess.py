@@ -5,6 +5,7 @@ Stored with the model as JSON. Needs Pillow and numpy only, so that prediction n
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
@@ -50,14 +51,28 @@ class Preprocess:
         """Return the resized and cropped pixels: (H, W, 3), uint8. The image is RGB."""
         height, width = self.resized(image.height, image.width)
         if (width, height) != image.size:
-            # Along the rows, then along the columns. In one call Pillow 13 takes the columns of some images first, which
-            # earlier versions and the ONNX graph do not; the rounding between the two makes that a few grey levels.
+            # Along the rows, then along the columns. In one call Pillow 13 takes the columns of some images first, and
+            # earlier versions and the ONNX graph do not; the rounding in between makes that a few grey levels.
             method = RESAMPLING[self.interpolation]
+            if height * width > 64 * self.size[0] * self.size[1]:
+                return self._middle(image, height, width)
             image = image.resize((width, image.height), method).resize((width, height), method)
         top, left = (height - self.size[0]) // 2, (width - self.size[1]) // 2
         if (height, width) != self.size:
             image = image.crop((left, top, left + self.size[1], top + self.size[0]))
         return np.asarray(image)
+
+    def _middle(self, image: Image.Image, height: int, width: int) -> np.ndarray:
+        """Resize only what the crop keeps: of a long and thin image, the rest could fill the memory.
+
+        Not done for every image, as Pillow keeps the box in single precision, which moves it by a hair.
+        """
+        left, start_x, stop_x, right = _reach(image.width, width, self.size[1])
+        top, start_y, stop_y, bottom = _reach(image.height, height, self.size[0])
+        image = image.crop((left, top, right, bottom))
+        method = RESAMPLING[self.interpolation]
+        image = image.resize((self.size[1], image.height), method, box=(start_x, 0, stop_x, image.height))
+        return np.asarray(image.resize(self.size[::-1], method, box=(0, start_y, self.size[1], stop_y)))
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """Return float32 model input (..., 3, H, W) from uint8 pixels (..., H, W, 3)."""
@@ -72,3 +87,22 @@ class Preprocess:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from the values of ``to_dict``; lists become tuples."""
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _reach(side: int, resized: int, kept: int) -> tuple[int, float, float, int]:
+    """Return what the centre crop needs of one side of an image, in its pixels.
+
+    Args:
+        side: of the image.
+        resized: what the side is scaled to.
+        kept: how much of that the crop keeps.
+
+    Returns:
+        First pixel that the filters touch; start and end of the crop, counted from there; pixel after the last touched.
+    """
+    scale = side / resized
+    offset = (resized - kept) // 2
+    start, stop = offset * scale, min((offset + kept) * scale, side)
+    margin = 3 * max(1.0, scale)  # the bicubic filter's half-width is 2
+    first, last = max(0, math.floor(start - margin)), min(side, math.ceil(stop + margin))
+    return first, start - first, stop - first, last
