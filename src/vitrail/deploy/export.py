@@ -24,6 +24,7 @@ from torch import nn
 
 from vitrail.data.preprocess import Preprocess
 from vitrail.deploy import graph
+from vitrail.deploy.interface import IMAGE, INPUT, LOGITS, PIXELS, PROBABILITIES, Interface
 from vitrail.errors import InputError, VitrailError
 from vitrail.runs import atomic_path
 
@@ -106,7 +107,7 @@ def export_onnx(
             f"the model has {outputs} outputs and {len(classes)} class names were given: give one for each"
         )
     proto = _export_network(network, example)
-    interface = graph.Interface(tuple(classes), preprocess, temperature, multilabel)
+    interface = Interface(tuple(classes), preprocess, temperature, multilabel)
     wrapped = graph.wrap(proto, interface)
     write_model(wrapped, path)
     return ExportReport(
@@ -126,10 +127,10 @@ def check_parity(model: nn.Module, preprocess: Preprocess, path: str | Path, ima
     """
     network = copy.deepcopy(model).to("cpu", torch.float32).eval()
     proto = onnx.load(path)
-    interface = graph.Interface.of(proto)
-    proto.graph.output.append(onnx.helper.make_tensor_value_info(graph.PIXELS, onnx.TensorProto.FLOAT, None))
+    interface = graph.interface_of(proto)
+    proto.graph.output.append(onnx.helper.make_tensor_value_info(PIXELS, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    names = [graph.LOGITS, graph.PROBABILITIES, graph.PIXELS]
+    names = [LOGITS, PROBABILITIES, PIXELS]
 
     def eager(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.inference_mode():
@@ -140,7 +141,7 @@ def check_parity(model: nn.Module, preprocess: Preprocess, path: str | Path, ima
     worst = np.zeros(3)
     count = agreed = 0
     for image in images:
-        logits, probabilities, inside = session.run(names, {graph.IMAGE: np.asarray(image)[None]})
+        logits, probabilities, inside = session.run(names, {IMAGE: np.asarray(image)[None]})
         outside = preprocess(image)[None]
         inside = np.moveaxis(inside, 1, -1)
         expected, _ = eager(inside)
@@ -170,8 +171,8 @@ def _export_network(network: nn.Module, example: torch.Tensor) -> onnx.ModelProt
                 (example,),
                 dynamo=True,
                 verbose=False,
-                input_names=[graph.INPUT],
-                output_names=[graph.LOGITS],
+                input_names=[INPUT],
+                output_names=[LOGITS],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
     except torch.onnx.OnnxExporterError as error:

@@ -13,9 +13,8 @@ then along the columns. ``exclude_outside`` matters: without it ONNX Runtime 1.3
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,46 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vitrail import __version__
 from vitrail.data.preprocess import Preprocess
-
-IMAGE, PIXELS, INPUT, LOGITS, PROBABILITIES = "image", "pixels", "input", "logits", "probabilities"
-
-
-@dataclass(frozen=True)
-class Interface:
-    """What is stored in the file's metadata: all that turns pixels into named answers.
-
-    Args:
-        classes: names, in the order of the logits.
-        preprocess: how an image becomes the network's input.
-        temperature: the logits are divided by it before they become probabilities.
-        multilabel: each class has a probability of its own (sigmoid) rather than a share of one (softmax).
-    """
-
-    classes: tuple[str, ...]
-    preprocess: Preprocess
-    temperature: float = 1.0
-    multilabel: bool = False
-
-    @classmethod
-    def of(cls, model: onnx.ModelProto) -> Self:
-        """Read the interface back from a wrapped model."""
-        values = {key: json.loads(text) for key, text in metadata_of(model).items() if key != "vitrail_version"}
-        return cls(
-            tuple(values["classes"]),
-            Preprocess.from_dict(values["preprocess"]),
-            values["temperature"],
-            values["multilabel"],
-        )
-
-    def metadata(self) -> dict[str, str]:
-        """Return the entries of the file's metadata; ``vitrail.deploy.runtime`` reads them."""
-        return {
-            "classes": json.dumps(list(self.classes), ensure_ascii=False),
-            "preprocess": json.dumps(self.preprocess.to_dict()),
-            "temperature": json.dumps(self.temperature),
-            "multilabel": json.dumps(self.multilabel),
-            "vitrail_version": __version__,
-        }
+from vitrail.deploy.interface import IMAGE, INPUT, LOGITS, PIXELS, PROBABILITIES, Interface
 
 
 def wrap(network: onnx.ModelProto, interface: Interface) -> onnx.ModelProto:
@@ -90,16 +50,16 @@ def network_from(model: onnx.ModelProto, start: str) -> onnx.ModelProto:
     dropped = _PREFIXES[:1] if start == PIXELS else _PREFIXES
     return _model(
         model,
-        Interface.of(model),
+        interface_of(model),
         [node for node in model.graph.node if not node.name.startswith(dropped)],
         [value for value in model.graph.initializer if not value.name.startswith(dropped)],
         start,
     )
 
 
-def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
-    """Return the metadata entries of a model."""
-    return {entry.key: entry.value for entry in model.metadata_props}
+def interface_of(model: onnx.ModelProto) -> Interface:
+    """Read the interface of a wrapped model from its metadata."""
+    return Interface.from_metadata({entry.key: entry.value for entry in model.metadata_props})
 
 
 _PREFIXES = ("vitrail/resize", "vitrail/normalise", "vitrail/answer")
@@ -139,7 +99,7 @@ def _model(
         producer_name="vitrail",
         producer_version=__version__,
     )
-    helper.set_model_props(model, interface.metadata())
+    helper.set_model_props(model, interface.to_metadata())
     return model
 
 
