@@ -103,7 +103,8 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     add(
         (
             "model",
-            f"{summary['model']}, {summary['params'] / 1e6:.2f} M parameters, {summary['flops'] / 1e9:.3f} G multiply-adds",
+            f"{summary['model']}, {summary['params'] / 1e6:.2f} M parameters, "
+            f"{summary['flops'] / 1e9:.3f} G multiply-adds",
         )
     )
     add(("weights", summary["pretrained"]))

@@ -1,0 +1,271 @@
+"""``vitrail fit``: from images to a deployable model and a report, within a budget."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from vitrail.app import results
+from vitrail.app.artefact import Artefact, build_model, count_flops, count_parameters, model_options, save
+from vitrail.app.budget import Clock
+from vitrail.app.choose import resolve
+from vitrail.catalog import locate
+from vitrail.data.audit import Audit, audit
+from vitrail.data.index import Index, build_index, write_split_csv
+from vitrail.data.preprocess import Preprocess
+from vitrail.data.sources import Source, open_source
+from vitrail.errors import InputError, RunError
+from vitrail.evaluate.calibration import calibrate
+from vitrail.methods.method import Method
+from vitrail.models.pretrained import Weights, load_pretrained
+from vitrail.runs import RunFolder, read_json, write_json, write_text
+from vitrail.training.cpu import tune_for_cpu
+from vitrail.training.features import warm_start_head
+from vitrail.training.recipe import Recipe, apply_overrides
+from vitrail.training.train import TrainResult, class_weights, train, validate
+
+Event = dict[str, Any]
+Tell = Callable[[Event], None]
+
+
+def fit(
+    path: str | Path | None = None,
+    *,
+    minutes: float | None = None,
+    out: str | Path | None = None,
+    target_ms: float | None = None,
+    recipe: str | Path | Recipe | None = None,
+    overrides: Iterable[str] = (),
+    events: Tell | None = None,
+) -> dict[str, Any]:
+    """Audit the data, choose and train a model, evaluate, compress, export and report; return ``summary.json``.
+
+    A run that was interrupted goes on when it is called again in the same way; one that is finished returns its summary.
+
+    Args:
+        path: class-per-folder tree, manifest, IDX folder, ``hf://name`` or shards; None is the embedded digits.
+        minutes: wall-clock budget, report included; 10 unless the recipe says otherwise (1 for the digits).
+        out: run folder; ``runs/`` and the name of the data by default.
+        target_ms: latency per image that the shipped model must meet, in milliseconds.
+        recipe: TOML file or ``Recipe``.
+        overrides: ``key=value`` entries of the recipe.
+        events: called with dictionaries whose ``"event"`` is ``stage``, ``message``, ``warning`` or ``progress``.
+
+    Raises:
+        VitrailError: with one line that says what was given, what is allowed and what to do next.
+
+    Example:
+        >>> summary = vitrail.fit(minutes=1, out="runs/digits")  # doctest: +SKIP
+        >>> summary["top1"]                                      # doctest: +SKIP
+    """
+    started = time.monotonic()
+    asked = request(path, minutes=minutes, target_ms=target_ms, recipe=recipe, overrides=overrides)
+    run = RunFolder(out if out is not None else default_folder(asked))
+    state = PartialState()
+    tell: Tell = events if events and state.is_main_process else lambda event: None
+    if run.summary.exists() and _same_request(run, asked):
+        tell({"event": "message", "text": f"{run.path} is finished; this is its result (another --out starts anew)"})
+        return read_json(run.summary)
+    # A path that cannot be used should not leave a folder behind.
+    source = open_source(asked.data)
+    if state.is_main_process:
+        run.create()
+        _same_request(run, asked)
+        run.cache.mkdir(exist_ok=True)
+        write_json(run.cache / "request.json", asked.model_dump(mode="json"))
+    state.wait_for_everyone()
+    seconds = None if asked.minutes is None else asked.minutes * 60
+    return _Fit(run, asked, source, Clock(run.cache / "clock.json", seconds, started), state, tell).run_all()
+
+
+def request(
+    path: str | Path | None,
+    *,
+    minutes: float | None,
+    target_ms: float | None,
+    recipe: str | Path | Recipe | None,
+    overrides: Iterable[str],
+) -> Recipe:
+    """Return the recipe that a call asks for, with everything undecided at ``"auto"``."""
+    if isinstance(recipe, Recipe):
+        asked = Recipe.from_dict(apply_overrides(recipe.model_dump(exclude_none=True), overrides))
+    elif recipe is not None:
+        asked = Recipe.load(recipe, overrides)
+    else:
+        asked = Recipe.from_dict(apply_overrides({}, overrides))
+    if path is not None:
+        asked.data.path = str(path)
+    if asked.data.path is not None and Path(asked.data.path).expanduser().exists():
+        # The saved recipe reproduces the run from any folder.
+        asked.data.path = str(Path(asked.data.path).expanduser().resolve())
+    for name, value in (("minutes", minutes), ("target_ms", target_ms)):
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"--{name.replace('_', '-')} {value:g} is not allowed: give a number above 0")
+    if target_ms is not None:
+        asked.deploy.target_ms = target_ms
+    if minutes is not None:
+        asked.minutes = minutes
+    if asked.minutes is None and asked.train.epochs == "auto":
+        asked.minutes = 1.0 if asked.data.path is None else 10.0
+    return asked
+
+
+def default_folder(asked: Recipe) -> Path:
+    """Return ``runs/`` and the name of the data."""
+    name = (
+        (asked.data.path or "digits")
+        .removeprefix("hf://")
+        .rstrip("/")
+        .replace("/", "-" if "://" in str(asked.data.path) else "/")
+    )
+    return Path("runs") / (Path(name).stem or "data")
+
+
+def _same_request(run: RunFolder, asked: Recipe) -> bool:
+    """Return whether the folder holds a run of this very request; raise if it holds another one."""
+    file = run.cache / "request.json"
+    if not file.exists():
+        if run.summary.exists() or run.checkpoints.exists():
+            raise RunError(f"{run.path} holds a run that cannot be identified: choose another folder with --out")
+        return False
+    old, new = Recipe.from_dict(read_json(file)).model_dump(), asked.model_dump()
+    differing = [
+        f"{section}.{key}" if isinstance(value, dict) else section
+        for section, value in new.items()
+        for key in (value if isinstance(value, dict) else [""])
+        if (old[section][key] != value[key] if isinstance(value, dict) else old[section] != value)
+    ]
+    if differing:
+        raise RunError(
+            f"{run.path} holds another run ({', '.join(differing[:4])} differ): "
+            "choose another folder with --out, or delete this one"
+        )
+    return True
+
+
+class _Fit:
+    """One call of ``fit``: the stages in order, each reading what the earlier ones left on the disk or in here."""
+
+    def __init__(
+        self, run: RunFolder, asked: Recipe, source: Source, clock: Clock, state: PartialState, tell: Tell
+    ) -> None:
+        self.run, self.asked, self.source, self.clock, self.state = run, asked, source, clock, state
+        self._tell = tell
+        self.warnings: list[str] = []
+
+    def tell(self, event: Event) -> None:
+        self.clock.tick()
+        if event["event"] == "warning":
+            event = {**event, "text": event.get("text") or event.get("message", "")}
+            self.warnings.append(event["text"])
+        self._tell(event)
+
+    def message(self, text: str) -> None:
+        self.tell({"event": "message", "text": text})
+
+    def stage(self, name: str) -> Any:
+        self.tell({"event": "stage", "stage": name})
+        return self.clock.stage(name)
+
+    def run_all(self) -> dict[str, Any]:
+        with self.stage("audit"), self.state.main_process_first():
+            found, index = self.audit()
+        with self.stage("choose"):
+            recipe, model, weights = self.choose(index, found)
+        preprocess = preprocess_of(model, recipe)
+        method = build_method(recipe, model, index)
+        self.head_start(method.model, index, preprocess, recipe)
+        with self.stage("train"):
+            trained = self.train(method, index, preprocess, recipe)
+        if not self.state.is_main_process:
+            return {}
+        return self.finish(found, index, recipe, weights, preprocess, trained)
+
+    # ---- data
+
+    def audit(self) -> tuple[Audit, Index]:
+        config = self.asked.data
+        found = audit(self.source, config, self.run.cache / "audit.sqlite", self.progress)
+        path = self.run.cache / "index.arrow"
+        index = Index.open(path, self.source) if path.exists() else build_index(self.source, found, config, path)
+        if not self.run.split.exists():
+            write_split_csv(index, self.run.split)
+            write_json(self.run.data, {"source": self.source.uri, "kind": self.source.kind, **found.summary()})
+        counts = {split: len(index.rows(split)) for split in ("train", "val", "test")}
+        self.message(
+            f"{counts['train']} training, {counts['val']} validation"
+            + (f", {counts['test']} test" if counts["test"] else "")
+            + f" images in {len(index.classes)} classes"
+        )
+        for text in results.audit_warnings(found.summary()):
+            self.tell({"event": "warning", "text": text})
+        return found, index
+
+    def progress(self, step: int, total: int | None) -> None:
+        self.tell({"event": "progress", "step": step, "total": total})
+
+    # ---- recipe and model
+
+    def choose(self, index: Index, found: Audit) -> tuple[Recipe, nn.Module, Weights]:
+        if self.run.recipe.exists():
+            recipe = Recipe.load(self.run.recipe)
+        else:
+            if self.state.is_main_process:
+                recipe = resolve(self.asked, index, found, self.clock, self.message)
+                write_text(self.run.recipe, recipe.to_toml())
+            self.state.wait_for_everyone()
+            recipe = Recipe.load(self.run.recipe)
+        torch.manual_seed(recipe.train.seed)
+        model = build_model(recipe.model, len(index.classes))
+        weights = load_pretrained(model, recipe.model.name, recipe.model.pretrained, sha256=recipe.model.sha256)
+        self.message(f"{recipe.model.name} at {recipe.model.img_size} px, {weights.description}")
+        self.message(
+            f"{recipe.train.epochs:g} epochs of batches of {recipe.train.batch_size}, {recipe.optim.name}, "
+            f"learning rate {recipe.optim.lr:g}, {recipe.train.precision}"
+        )
+        return recipe, model, weights
+
+    # ---- training
+
+    def head_start(self, model: nn.Module, index: Index, preprocess: Preprocess, recipe: Recipe) -> None:
+        """Train the classifier on cached features first; a run that already trains has this behind it."""
+        if not recipe.train.head_start or any(self.run.checkpoints.glob("*.pt")):
+            return
+        with self.stage("head_start"):
+            report = warm_start_head(model, index, preprocess, recipe, self.run.cache, progress=self.progress)
+            self.message(report.text)
+
+    def train(self, method: Method, index: Index, preprocess: Preprocess, recipe: Recipe) -> TrainResult:
+        if not torch.cuda.is_available():
+            report = tune_for_cpu(
+                method.model,
+                image_shape=(3, *preprocess.size),
+                batch_size=int(recipe.train.batch_size),
+                precision=str(recipe.train.precision),
+            )
+            self.message(str(report))
+        deadline = self.clock.deadline
+        if deadline is not None:
+            deadline -= results.reserve_seconds(self.clock.seconds or 0.0)
+        return train(method, index, preprocess, recipe, self.run, deadline=deadline, events=self.tell)
+
+    # ---- what comes after training
+
+    def finish(
+        self,
+        found: Audit,
+        index: Index,
+        recipe: Recipe,
+        weights: Weights,
+        preprocess: Preprocess,
+        trained: TrainResult,
+    ) -> dict[str, Any]:
+        raise NotImplementedError
