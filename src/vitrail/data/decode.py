@@ -139,9 +139,9 @@ def decode_array(
     Raises:
         UnreadableImage: as ``decode`` does.
     """
-    if isinstance(blob, np.ndarray) and blob.dtype == np.uint8 and blob.ndim == 3 and blob.shape[2] == 3 and blob.size:
+    if isinstance(blob, np.ndarray) and blob.dtype == np.uint8 and blob.ndim in (2, 3) and blob.shape[2:] in ((), (3,)):
         _check_size(blob.shape[1], blob.shape[0], max_pixels)
-        return blob
+        return blob if blob.ndim == 3 else np.repeat(blob[..., None], 3, 2)
     if isinstance(blob, bytes) and blob.startswith(b"\xff\xd8\xff"):
         pixels = _common_jpeg(blob, max_pixels)
         if pixels is not None:

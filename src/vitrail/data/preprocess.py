@@ -76,7 +76,8 @@ class Preprocess:
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """Return float32 model input (..., 3, H, W) from uint8 pixels (..., H, W, 3)."""
-        scaled = (pixels.astype(np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std)
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        scaled = (pixels.astype(np.float32) / 255 - mean) / std
         return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +87,10 @@ class Preprocess:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from the values of ``to_dict``; lists become tuples."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        arguments: dict[str, Any] = {
+            k: tuple(value) if isinstance(value, list) else value for k, value in values.items()
+        }
+        return cls(**arguments)
 
 
 def _reach(side: int, resized: int, kept: int) -> tuple[int, float, float, int]:
