@@ -1,0 +1,1 @@
+"""Operators and blocks that several models share."""

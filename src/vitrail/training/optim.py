@@ -1,0 +1,129 @@
+"""Optimiser groups and the learning-rate plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+from vitrail.errors import InputError, unknown
+from vitrail.methods.method import Method
+from vitrail.training.device import resolved
+from vitrail.training.recipe import OptimConfig
+
+Group = dict[str, Any]
+
+
+def param_groups(method: Method, config: OptimConfig) -> list[Group]:
+    """Return optimiser groups that hold every trainable parameter of ``method`` once.
+
+    Biases, the parameters of normalisations (all of one dimension or none) and those of ``model.no_weight_decay()`` are
+    not decayed. With ``layer_decay`` a group carries ``lr_scale``, by timm's grouping of the model's layers. What
+    ``method.param_groups()`` claims is taken as it is.
+    """
+    groups = [{**group, "params": _as_list(group["params"])} for group in method.param_groups() or ()]
+    taken = {id(parameter) for group in groups for parameter in group["params"]}
+    decay = config.weight_decay
+    keep: set[str] = getattr(method.model, "no_weight_decay", set)()
+    if config.layer_decay < 1:
+        defaults = param_groups_layer_decay(
+            method.model, decay, no_weight_decay_list=keep, layer_decay=config.layer_decay
+        )
+    else:
+        defaults = param_groups_weight_decay(method.model, decay, no_weight_decay_list=keep)
+    for group in [*defaults, *param_groups_weight_decay(method, decay)]:
+        rest = [parameter for parameter in group["params"] if id(parameter) not in taken]
+        taken |= {id(parameter) for parameter in rest}
+        if rest:
+            groups.append({**group, "params": rest})
+    if not groups:
+        raise InputError("nothing to train: every parameter of the model is frozen; unfreeze some of them")
+    return groups
+
+
+def _as_list(parameters: nn.Parameter | Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+
+
+def create_optimizer(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
+    """Build the timm optimiser ``config.name`` on ``groups``.
+
+    Raises:
+        InputError: no such optimiser, or a setting that it does not take.
+    """
+    options: dict[str, Any] = {}
+    if config.betas is not None:
+        options["betas"] = config.betas
+    if config.momentum is not None:
+        options["momentum"] = config.momentum
+    names = [str(name) for name in list_optimizers()]
+    name = config.name.lower()
+    if name.removeprefix("lookahead_") not in names:
+        raise unknown("optimiser (optim.name)", config.name, names)
+    try:
+        return create_optimizer_v2(
+            groups, opt=name, lr=resolved(config.lr), weight_decay=config.weight_decay, **options
+        )
+    except TypeError as error:
+        raise InputError(f"the optimiser {config.name} does not take what [optim] gives it: {error}") from None
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set every group to ``lr`` times its ``lr_scale``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def learning_rate(progress: float, *, peak: float, warmup: float, floor: float) -> float:
+    """Return the learning rate at ``progress`` of training: linear warm-up, then a cosine.
+
+    Loshchilov and Hutter, "SGDR" (2017), without restarts.
+
+    Args:
+        progress: 0 to 1; 1 at the last step.
+        peak: largest rate.
+        warmup: share of training over which the rate rises, 0 to 1.
+        floor: rate at the end, as a share of the peak.
+    """
+    if progress < warmup:
+        return peak * progress / warmup
+    done = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How far training has come after each step: straight lines between (step, progress) points.
+
+    A plan that turns out too long for the deadline is bent, never broken: the learning rate stays continuous and still
+    falls to its minimum at the last step.
+    """
+
+    points: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, total: int) -> Plan:
+        """Return the plan of ``total`` equal steps."""
+        return cls(((0, 0.0), (total, 1.0)))
+
+    @property
+    def total(self) -> int:
+        """The number of steps."""
+        return self.points[-1][0]
+
+    def progress(self, step: int) -> float:
+        """Return the share of training that lies behind when ``step`` steps are done, 0 to 1."""
+        steps, shares = zip(*self.points)
+        return float(np.interp(step, steps, shares))
+
+    def shortened(self, step: int, total: int) -> Plan:
+        """Return the plan that leaves its present course at ``step`` and ends at ``total``, at least ``step``."""
+        past = tuple(point for point in self.points if point[0] < step)
+        bend = ((step, self.progress(step)),) if step < total else ()
+        return Plan((*past, *bend, (total, 1.0)))
