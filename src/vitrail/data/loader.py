@@ -20,6 +20,8 @@ from vitrail.errors import InputError, RunError, VitrailError
 
 START_METHOD = "forkserver"
 PRELOADED = ["vitrail.data.loader"]
+GROUP_BYTES = 2**20
+"""Small images of one size go through a view together, up to this size; photos go one by one."""
 
 
 class Images(Protocol):
@@ -170,15 +172,26 @@ class _Batches(Dataset[dict[str, Any]]):
         pixels = {name: np.empty((len(rows), *view.preprocess.size, 3), np.uint8) for name, view in self.views.items()}
         kept: list[int] = []
         failed: list[str] = []
+        group: list[np.ndarray] = []
+
+        def view_group() -> None:
+            done = slice(len(kept) - len(group), len(kept))
+            for name, view in self.views.items():
+                pixels[name][done] = view.batch(group, map(self.randoms[name], kept[done]))
+            group.clear()
+
         for row in rows.tolist():
             try:
                 image = self._pixels(row)
             except (VitrailError, OSError):
                 failed.append(self.index.key(row))
                 continue
-            for name, view in self.views.items():
-                pixels[name][len(kept)] = view(image, self.randoms[name](row))
+            if group and (image.shape != group[0].shape or len(group) * image.nbytes >= GROUP_BYTES):
+                view_group()
             kept.append(row)
+            group.append(image)
+        if group:
+            view_group()
         batch: dict[str, Any] = {
             name: torch.from_numpy(array[: len(kept)]).permute(0, 3, 1, 2) for name, array in pixels.items()
         }

@@ -7,9 +7,9 @@ what Pillow does to within one grey level, in a third of the time.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,96 +25,94 @@ if TYPE_CHECKING:
 KINDS = ("train", "weak", "eval")
 
 
-class View(Protocol):
-    """A picklable map from an image to pixels of a fixed size."""
-
-    @property
-    def preprocess(self) -> Preprocess:
-        """Holds the size of the pixels."""
-        ...
-
-    @property
-    def background(self) -> tuple[int, int, int]:
-        """RGB colour behind transparent pixels."""
-        ...
-
-    @property
-    def max_pixels(self) -> int:
-        """Larger images are refused."""
-        ...
-
-    def __call__(self, blob: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return uint8 pixels (H, W, 3); ``blob`` is as for ``decode``, ``rng`` is used up before the return."""
-        ...
-
-
 @dataclass(frozen=True)
-class EvalView:
-    """What evaluation and prediction see: exactly ``preprocess`` of the decoded image; nothing is random.
+class View:
+    """A picklable map from images to pixels of a fixed size; a subclass implements ``batch``.
 
     Args:
-        preprocess: size, resize and crop.
+        preprocess: the size to arrive at, the resize and the interpolation.
         background: RGB colour behind transparent pixels, 0 to 255.
         max_pixels: larger images are refused.
     """
 
     preprocess: Preprocess
-    background: tuple[int, int, int] = (255, 255, 255)
-    max_pixels: int = 100_000_000
+    background: tuple[int, int, int] = field(default=(255, 255, 255), kw_only=True)
+    max_pixels: int = field(default=100_000_000, kw_only=True)
 
     def __call__(self, blob: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return uint8 pixels (H, W, 3)."""
+        """Return uint8 pixels (H, W, 3) of an encoded file or an array, as ``decode`` takes them.
+
+        Raises:
+            UnreadableImage: as ``decode`` does.
+        """
         pixels = decode_array(blob, background=self.background, max_pixels=self.max_pixels)
-        return _as_evaluated(pixels, self.preprocess)
+        return self.batch([pixels], [rng])[0]
+
+    def batch(self, images: Sequence[np.ndarray], rngs: Iterable[np.random.Generator]) -> np.ndarray:
+        """Return uint8 pixels (B, H, W, 3), each image by itself as by ``__call__``.
+
+        Args:
+            images: decoded, uint8 (h, w, 3), all of one size.
+            rngs: one per image; an image is done with its own before the next is taken.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class TrainView:
+class EvalView(View):
+    """What evaluation and prediction see: exactly ``preprocess`` of the decoded image; nothing is random."""
+
+    def batch(self, images: Sequence[np.ndarray], rngs: Iterable[np.random.Generator]) -> np.ndarray:
+        """Return uint8 pixels (B, H, W, 3); leaves ``rngs`` alone."""
+        return np.stack([self.preprocess(Image.fromarray(image)) for image in images])
+
+
+@dataclass(frozen=True)
+class TrainView(View):
     """A random view: geometry, flip, RandAugment, colour jitter, erasing, in this order.
 
     Args:
-        preprocess: the size to arrive at and the interpolation; the resize too, unless the policy is ``crop``.
-        augment: a resolved section of the recipe. ``crop`` is the random resized crop of torchvision; ``shift`` resizes
-            as in evaluation, reflects an eighth of each side outwards and cuts at random; ``none`` is as in evaluation.
-        background: RGB colour behind transparent pixels, 0 to 255.
-        max_pixels: larger images are refused.
+        augment: a resolved section of the recipe. The policy ``crop`` is the random resized crop of torchvision;
+            ``shift`` resizes as in evaluation, reflects an eighth of each side outwards and cuts at random; ``none``
+            is as in evaluation. Every resize is within one grey level of Pillow's (bicubic: two).
 
     Raises:
         InputError: ``augment`` still says "auto".
     """
 
-    preprocess: Preprocess
     augment: AugmentConfig
-    background: tuple[int, int, int] = (255, 255, 255)
-    max_pixels: int = 100_000_000
 
     def __post_init__(self) -> None:
-        for field in ("policy", "flip"):
-            if getattr(self.augment, field) == "auto":
-                raise InputError(f"augment.{field} is still 'auto': resolve the recipe first, or set it to a value")
+        for name in ("policy", "flip"):
+            if getattr(self.augment, name) == "auto":
+                raise InputError(f"augment.{name} is still 'auto': resolve the recipe first, or set it to a value")
 
-    def __call__(self, blob: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return uint8 pixels (H, W, 3)."""
+    def batch(self, images: Sequence[np.ndarray], rngs: Iterable[np.random.Generator]) -> np.ndarray:
+        """Return uint8 pixels (B, H, W, 3)."""
         augment, preprocess = self.augment, self.preprocess
-        pixels = decode_array(blob, background=self.background, max_pixels=self.max_pixels)
-        if augment.policy == "crop":
-            height, width = pixels.shape[:2]
-            top, left, h, w = crop_box(height, width, augment.scale, augment.ratio, rng)
-            crop = pixels[top : top + h, left : left + w]
-            pixels = resize(crop, preprocess.size, preprocess.interpolation)
-        else:
-            pixels = _as_evaluated(pixels, preprocess)
-            if augment.policy == "shift":
-                pixels = _shift(pixels, rng)
-        if rng.random() < float(augment.flip):
-            pixels = pixels[:, ::-1]
-        if augment.rand_augment:
-            pixels = _rand_augment(pixels, augment.rand_augment, preprocess, rng)
-        if augment.color_jitter:
-            pixels = _color_jitter(pixels, augment.color_jitter, rng)
-        if rng.random() < augment.erase:
-            pixels = _erase(pixels, preprocess, rng)
-        return pixels
+        sources: Iterable[np.ndarray] = images
+        if augment.policy == "none":
+            sources = _as_evaluated(images, preprocess)
+        elif augment.policy == "shift":
+            sources = _reflected(_as_evaluated(images, preprocess))
+        result = np.empty((len(images), *preprocess.size, 3), np.uint8)
+        for pixels, target, rng in zip(sources, result, rngs):
+            if augment.policy == "crop":
+                top, left, height, width = crop_box(*_size(pixels), augment.scale, augment.ratio, rng)
+                crop = pixels[None, top : top + height, left : left + width]
+                pixels = resize(crop, preprocess.size, preprocess.interpolation)[0]
+            elif augment.policy == "shift":
+                pixels = _cut(pixels, preprocess.size, rng)
+            if rng.random() < float(augment.flip):
+                pixels = pixels[:, ::-1]
+            if augment.rand_augment:
+                pixels = _rand_augment(pixels, augment.rand_augment, preprocess, rng)
+            if augment.color_jitter:
+                pixels = _color_jitter(pixels, augment.color_jitter, rng)
+            target[:] = pixels
+            if rng.random() < augment.erase:
+                _erase(target, preprocess, rng)
+        return result
 
 
 def build_views(
@@ -138,22 +136,22 @@ def build_views(
         if kind not in KINDS:
             raise unknown(f"kind of view for {name!r}", kind, KINDS)
         if kind == "eval":
-            views[name] = EvalView(preprocess, data.background, data.max_pixels)
+            views[name] = EvalView(preprocess, background=data.background, max_pixels=data.max_pixels)
         else:
             chosen = augment if kind == "train" else weak
-            views[name] = TrainView(preprocess, chosen, data.background, data.max_pixels)
+            views[name] = TrainView(preprocess, chosen, background=data.background, max_pixels=data.max_pixels)
     return views
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
-    """Resize uint8 pixels (H, W, 3) with antialiasing, to within one grey level of Pillow's ``resize``."""
-    if pixels.shape[:2] == size:
+    """Resize uint8 pixels (B, H, W, 3) with antialiasing, to within one grey level of Pillow (bicubic: two)."""
+    if pixels.shape[1:3] == size:
         return pixels
-    # The copy is contiguous and writable, and with the batch dimension added before the permutation torch sees it as
-    # channels-last: it works on interleaved pixels, and what comes back is contiguous as (H, W, 3).
-    image = torch.from_numpy(np.array(pixels))[None].permute(0, 3, 1, 2)
-    scaled = torch.nn.functional.interpolate(image, size=size, mode=interpolation, antialias=True)
-    return scaled[0].permute(1, 2, 0).numpy()
+    # The copy is contiguous and writable; permuted, torch sees it as channels-last: it then works on interleaved
+    # pixels, and what comes back is contiguous as (B, H, W, 3).
+    batch = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2)
+    scaled = torch.nn.functional.interpolate(batch, size=size, mode=interpolation, antialias=True)
+    return scaled.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def crop_box(
@@ -190,22 +188,33 @@ def _random_box(
     return None
 
 
-def _as_evaluated(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
-    if pixels.shape[:2] == preprocess.size == preprocess.resized(*pixels.shape[:2]):
-        return pixels
-    return preprocess(Image.fromarray(pixels))
+def _as_evaluated(images: Sequence[np.ndarray], preprocess: Preprocess) -> np.ndarray:
+    """Resize and crop images of one size as ``preprocess`` does, many in one call: (B, H, W, 3)."""
+    height, width = preprocess.resized(*_size(images[0]))
+    h, w = preprocess.size
+    if height * width > 64 * h * w:  # long and thin: the whole, resized, could fill the memory
+        return np.stack([preprocess(Image.fromarray(image)) for image in images])
+    top, left = (height - h) // 2, (width - w) // 2
+    pixels = resize(np.stack(images), (height, width), preprocess.interpolation)
+    return pixels[:, top : top + h, left : left + w]
 
 
-def _shift(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Reflect an eighth of each side outwards and cut the original size at random."""
-    for axis in (0, 1):
-        side = pixels.shape[axis]
-        pad = side // 8
-        start = int(rng.random() * (2 * pad + 1)) - pad
-        if start:
-            places = np.abs(np.arange(start, start + side))
-            pixels = pixels.take(np.minimum(places, 2 * (side - 1) - places), axis)
-    return pixels
+def _reflected(images: np.ndarray) -> np.ndarray:
+    """Reflect an eighth of each side outwards."""
+    pad_h, pad_w = images.shape[1] // 8, images.shape[2] // 8
+    return np.pad(images, ((0, 0), (pad_h, pad_h), (pad_w, pad_w), (0, 0)), mode="reflect")
+
+
+def _cut(pixels: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Cut a box of ``size`` at random."""
+    h, w = size
+    height, width = _size(pixels)
+    top, left = int(rng.random() * (height - h + 1)), int(rng.random() * (width - w + 1))
+    return pixels[top : top + h, left : left + w]
+
+
+def _size(pixels: np.ndarray) -> tuple[int, int]:
+    return pixels.shape[0], pixels.shape[1]
 
 
 def _mean_colour(preprocess: Preprocess) -> tuple[int, ...]:
@@ -245,13 +254,9 @@ def _color_jitter(pixels: np.ndarray, strength: float, rng: np.random.Generator)
     return image.permute(1, 2, 0).numpy()
 
 
-def _erase(pixels: np.ndarray, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
-    """Fill a box of 2 to 33 % of the area, of aspect 0.3 to 3.3, with the mean colour."""
-    height, width = pixels.shape[:2]
-    box = _random_box(height, width, (0.02, 0.33), (0.3, 3.3), rng)
-    if box is None:
-        return pixels
-    top, left, h, w = box
-    pixels = pixels.copy()
-    pixels[top : top + h, left : left + w] = _mean_colour(preprocess)
-    return pixels
+def _erase(pixels: np.ndarray, preprocess: Preprocess, rng: np.random.Generator) -> None:
+    """Fill, in place, a box of 2 to 33 % of the area, of aspect 0.3 to 3.3, with the mean colour."""
+    box = _random_box(*_size(pixels), (0.02, 0.33), (0.3, 3.3), rng)
+    if box is not None:
+        top, left, height, width = box
+        pixels[top : top + height, left : left + width] = _mean_colour(preprocess)
