@@ -74,6 +74,10 @@ class ModelConfig(Section):
     sha256: str | None = None
     """Checksum that a local weight file must have."""
     img_size: Positive | Auto = "auto"
+    resize: Literal["crop", "squash"] | Auto = "auto"
+    """``crop``: scale the shorter side and cut the centre; ``squash``: scale both sides, whatever the aspect ratio."""
+    crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] | Auto = "auto"
+    """Share of the scaled image that the centre crop keeps."""
     drop_rate: Fraction = 0.0
     drop_path_rate: Fraction = 0.0
     options: dict[str, Any] = Field(default_factory=dict)
