@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitrail.data.preprocess import Preprocess
 from vitrail.errors import InputError
+from vitrail.methods.method import Method
 from vitrail.training.recipe import Recipe
 
 T = TypeVar("T")
@@ -47,6 +48,18 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
             "run `accelerate config`, or `accelerate launch --multi_gpu`"
         )
     return accelerator
+
+
+def place(method: Method, recipe: Recipe, device: torch.device) -> None:
+    """Bring ``method`` to its device, memory layout and way of keeping activations."""
+    method.to(device)
+    if recipe.train.channels_last is True:
+        method.to(memory_format=torch.channels_last)
+    if recipe.train.grad_checkpointing:
+        enable = getattr(method.model, "set_grad_checkpointing", None)
+        if enable is None:
+            raise InputError(f"train.grad_checkpointing: {type(method.model).__name__} has none; set it to false")
+        enable(True)
 
 
 class Normalise(nn.Module):

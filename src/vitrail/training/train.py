@@ -36,13 +36,13 @@ from torch import Tensor, nn
 from vitrail.data.loader import make_loader
 from vitrail.data.preprocess import Preprocess
 from vitrail.data.views import build_views
-from vitrail.errors import InputError, RunError
+from vitrail.errors import RunError
 from vitrail.layers.sync_batchnorm import synchronised_batchnorm
 from vitrail.methods.method import Method
 from vitrail.runs import RunFolder, write_text
-from vitrail.training.balance import image_weights
+from vitrail.training.balance import class_weights, image_weights
 from vitrail.training.checkpoint import Checkpoints
-from vitrail.training.device import Normalise, create_accelerator, require_resolved, resolved
+from vitrail.training.device import Normalise, create_accelerator, place, require_resolved, resolved
 from vitrail.training.mixing import mix
 from vitrail.training.optim import Plan, create_optimizer, learning_rate, param_groups, set_learning_rate
 from vitrail.training.pace import Pace
@@ -51,6 +51,8 @@ from vitrail.training.validate import figures, pixel_cache, validate
 
 if TYPE_CHECKING:
     from vitrail.data.index import Index
+
+__all__ = ["Progress", "TrainResult", "class_weights", "train", "validate"]
 
 Event = dict[str, Any]
 Stop = Literal["finished", "budget", "patience"]
@@ -140,7 +142,7 @@ def train(
     """
     require_resolved(recipe)
     accelerator = create_accelerator(recipe)
-    method.to(accelerator.device)
+    place(method, recipe, accelerator.device)
     joint = recipe.train.sync_batchnorm and accelerator.num_processes > 1
     with synchronised_batchnorm(method) if joint else contextlib.nullcontext():
         run = _Run(method, index, preprocess, recipe, folder, accelerator, deadline, events)
@@ -185,14 +187,7 @@ class _Run:
         self.mixed = [name for name, view in method.views.items() if view == "train" and mixing]
         self.cache = pixel_cache(index, recipe, folder)
 
-        if config.channels_last:
-            method.to(memory_format=torch.channels_last)
-        if config.grad_checkpointing:
-            enable = getattr(method.model, "set_grad_checkpointing", None)
-            if enable is None:
-                raise InputError(f"train.grad_checkpointing: {type(method.model).__name__} has none; set it to false")
-            enable(True)
-        self.normalise = Normalise(preprocess, bool(config.channels_last)).to(accelerator.device)
+        self.normalise = Normalise(preprocess, config.channels_last is True).to(accelerator.device)
         self.groups = param_groups(method, recipe.optim)
         self.parameters = [parameter for group in self.groups for parameter in group["params"]]
         decay = resolved(config.ema)
@@ -472,7 +467,7 @@ class _Run:
         for key in keys:
             if key not in failed:
                 failed[key] = self.progress.step
-                self.tell({"event": "warning", "message": f"cannot read {key}; it is left out"})
+                self.warn(f"cannot read {key}; it is left out")
         if len(failed) > 32 + self.progress.images:
             raise RunError(
                 f"{len(failed)} images cannot be read any more, the first is {next(iter(failed))}; check that the data "
@@ -523,8 +518,8 @@ class _Run:
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
 
-    def warn(self, message: str) -> None:
-        self.tell({"event": "warning", "message": message})
+    def warn(self, text: str) -> None:
+        self.tell({"event": "warning", "text": text})
 
     def compare(self, identity: dict[str, str]) -> None:
         """Refuse a checkpoint of another recipe or other data."""

@@ -43,23 +43,26 @@ def validate(
     accelerator: Accelerator | None = None,
     cache: PixelCache | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute the logits of ``rows``, each once, shared among all processes and gathered in every one.
+    """Compute the logits of ``rows``, each once.
 
-    It holds one float32 (N, C) in memory, which the figures need. Images that cannot be read are left out.
+    The processes of ``accelerator`` share the work, and each gets the whole; without one this process does it alone.
+    One float32 (N, C) is held in memory, which the figures need. Images that cannot be read are left out.
 
     Returns:
         Logits (N, C) float32, targets (N,) or (N, C) and rows (N,), sorted by row.
     """
+    alone = accelerator is None
     accelerator = accelerator or create_accelerator(recipe)
     normalise = Normalise(preprocess, recipe.train.channels_last is True).to(accelerator.device)
+    model.to(accelerator.device)
     loader = make_loader(
         index,
         rows,
         build_views({"image": "eval"}, preprocess, recipe.augment, recipe.data),
         batch_size=resolved(recipe.train.batch_size),
         shuffle=False,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        rank=0 if alone else accelerator.process_index,
+        world=1 if alone else accelerator.num_processes,
         workers=resolved(recipe.train.workers),
         cache=cache,
     )
@@ -72,7 +75,8 @@ def validate(
                 logits = model(normalise(batch["image"])).float().cpu().numpy()
                 parts.append((logits, batch["target"].numpy(), batch["row"].numpy()))
     model.train(was_training)
-    parts = gather_object(parts)
+    if not alone:
+        parts = gather_object(parts)
     if not parts:
         raise RunError(f"none of the {len(rows)} validation images could be read; check that the data are still there")
     logits, targets, found = (np.concatenate(columns) for columns in zip(*parts))
