@@ -237,6 +237,6 @@ def _reason(error: Exception) -> str:
         return f"refused as a decompression bomb: {text}"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
-    if isinstance(error, OSError) and "truncated" in text:
+    if "truncated" in text.lower() or text == "not enough image data":
         return "the file is truncated"
     return f"damaged ({type(error).__name__}: {text[:100]})" if text else f"damaged ({type(error).__name__})"
