@@ -95,7 +95,7 @@ def reference_box(height, width, scale, ratio, numbers):
 def test_crop_box_follows_the_reference_and_stays_inside(height, width, seed, least):
     numbers = rng(seed).random((10, 4))
     top, left, h, w = crop_box(height, width, (least, 1.0), (0.75, 4 / 3), rng(seed))
-    assert 0 <= top and 0 <= left and 1 <= h <= height - top and 1 <= w <= width - left
+    assert top >= 0 and left >= 0 and 1 <= h <= height - top and 1 <= w <= width - left
     expected = reference_box(height, width, (least, 1.0), (0.75, 4 / 3), numbers)
     assert (top, left, h, w) == expected
 
