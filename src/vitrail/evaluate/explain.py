@@ -1,0 +1,115 @@
+"""Where a model looks: Grad-CAM.
+
+Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization" (2017).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vitrail.errors import InputError
+
+_MIN_GRID = 4
+"""A map with fewer places on a side shows nothing; an earlier layer is taken instead."""
+
+
+def grad_cam(model: nn.Module, pixels: Tensor, target: int | None = None) -> np.ndarray:
+    """Return how much each place of the image speaks for a class: float32 (H, W) in [0, 1].
+
+    The map comes from the deepest layer that still has a grid of at least 4 x 4 places on which the class depends. For a
+    transformer that reads its class token only, this is the input of the last block: the patches leave the last one
+    without an effect on the result.
+
+    Args:
+        model: a timm or Vitrail model; its mode and gradients are left as they were.
+        pixels: normalised, (1, 3, H, W).
+        target: class number; None is the class that the model predicts.
+
+    Raises:
+        InputError: more than one image, an unknown class, or a model without a spatial layer.
+    """
+    if pixels.ndim != 4 or len(pixels) != 1:
+        raise InputError(f"Grad-CAM explains one image at a time: give pixels (1, 3, H, W), not {tuple(pixels.shape)}")
+    outputs: list[Tensor] = []
+    names = [info["module"] for info in getattr(model, "feature_info", None) or []]
+    known = dict(model.named_modules())
+    hooks = [
+        known[name].register_forward_hook(lambda _module, _input, output: outputs.append(output))
+        for name in dict.fromkeys(names)
+        if name in known
+    ]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.enable_grad():
+            features = model.forward_features(pixels.detach().requires_grad_())  # type: ignore[operator]
+            logits = model.forward_head(features)  # type: ignore[operator]
+            if target is None:
+                target = int(logits[0].argmax())
+            elif not 0 <= target < logits.shape[1]:
+                raise InputError(f"class {target} does not exist: the model has classes 0 to {logits.shape[1] - 1}")
+            outputs.append(features)
+            layers = [output for output in outputs if isinstance(output, Tensor) and output.requires_grad]
+            slopes = torch.autograd.grad(logits[0, target], layers, allow_unused=True)
+    except AttributeError as error:
+        raise InputError(f"Grad-CAM needs a model with timm's forward_features and forward_head: {error}") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    best: tuple[Tensor, Tensor] | None = None
+    for layer, slope in zip(reversed(layers), reversed(slopes)):
+        if slope is None:
+            continue
+        grids = _grid(model, layer.detach()), _grid(model, slope)
+        if grids[0] is None or grids[1] is None or not grids[1].any():
+            continue
+        if best is None or best[0].shape[-1] < _MIN_GRID or best[0].shape[-2] < _MIN_GRID:
+            best = grids[0], grids[1]
+    if best is None:
+        raise InputError(
+            f"Grad-CAM cannot explain {type(model).__name__} at {pixels.shape[2]} x {pixels.shape[3]} pixels: "
+            "none of its layers has a grid of places; use a larger img_size or a convolutional or patch-based model"
+        )
+    activation, slope = best
+    weights = slope.mean(dim=(2, 3), keepdim=True)
+    cam = torch.relu((weights * activation).sum(dim=1, keepdim=True))  # (1, 1, h, w)
+    cam = nn.functional.interpolate(cam, pixels.shape[2:], mode="bilinear", align_corners=False)[0, 0]
+    return (cam / cam.max().clamp_min(1e-12)).float().cpu().numpy()
+
+
+def overlay(image: np.ndarray, cam: np.ndarray) -> Image.Image:
+    """Return the image with the map laid over it, transparent where the map is 0.
+
+    Args:
+        image: uint8 (H, W, 3).
+        cam: (H, W) in [0, 1].
+    """
+    if image.shape[:2] != cam.shape:
+        raise InputError(f"an image of shape {image.shape} and a map of shape {cam.shape} differ in size")
+    stops = np.array([0.0, 0.35, 0.7, 1.0])
+    colours = np.array([[68, 1, 84], [190, 45, 100], [250, 140, 50], [252, 240, 150]])
+    heat = np.stack([np.interp(cam, stops, colours[:, channel]) for channel in range(3)], axis=-1)
+    share = 0.65 * np.sqrt(cam)[..., None]
+    return Image.fromarray((image * (1 - share) + heat * share).round().astype(np.uint8))
+
+
+def _grid(model: Any, values: Tensor) -> Tensor | None:
+    """Return a layer's output as (1, C, h, w) with more than one place, or None."""
+    if values.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NHWC":
+        values = values.permute(0, 3, 1, 2)
+    elif values.ndim == 3:
+        tokens = values[:, getattr(model, "num_prefix_tokens", 0) :]  # (1, N, C)
+        height, width = getattr(getattr(model, "patch_embed", None), "grid_size", None) or (0, 0)
+        if height * width != tokens.shape[1]:  # another image size than the model was built for
+            height = width = round(tokens.shape[1] ** 0.5)
+            if height * width != tokens.shape[1]:
+                return None
+        values = tokens.transpose(1, 2).reshape(1, tokens.shape[2], height, width)
+    return values if values.ndim == 4 and values.shape[2] * values.shape[3] > 1 else None
