@@ -152,5 +152,5 @@ def test_errors(tmp_path):
     with pytest.raises(InputError, match="cache_mb = 0"):
         open_cache(tmp_path, bound_mb=0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write the cache .*: choose another folder|cannot write the cache"):
+    with pytest.raises(InputError, match="cannot write the cache"):
         PixelCache(tmp_path / "file" / "pixels.bin", 1, rows=3, fingerprint="")

@@ -105,12 +105,12 @@ def test_crop_box_has_torchvision_s_distribution():
 
     transform = v2.RandomResizedCrop(8, scale=(0.2, 0.8))
     image = torch.zeros(3, 60, 100)
-    theirs = np.array([[p[k] for k in ("top", "left", "height", "width")] for p in _params(transform, image, 1500)])
+    theirs = np.array([[p[k] for k in ("top", "left", "height", "width")] for p in _params(transform, image, 600)])
     random = rng()
-    ours = np.array([crop_box(60, 100, (0.2, 0.8), (0.75, 4 / 3), random) for _ in range(1500)])
-    spread = theirs.std(0) / np.sqrt(1500)
+    ours = np.array([crop_box(60, 100, (0.2, 0.8), (0.75, 4 / 3), random) for _ in range(600)])
+    spread = theirs.std(0) / np.sqrt(600)
     assert (np.abs(ours.mean(0) - theirs.mean(0)) < 6 * spread).all()
-    assert (np.abs(ours.std(0) / theirs.std(0) - 1) < 0.15).all()
+    assert (np.abs(ours.std(0) / theirs.std(0) - 1) < 0.25).all()
 
 
 def _params(transform, image, count):

@@ -19,7 +19,8 @@ from vitrail.data.views import View
 from vitrail.errors import InputError, RunError, VitrailError
 
 START_METHOD = "forkserver"
-PRELOADED = ["vitrail.data.loader"]
+PRELOADED = ["vitrail.data.loader", "torchvision.transforms.v2"]
+"""Imported once by the fork server, instead of by each worker of each epoch."""
 GROUP_BYTES = 2**20
 """Small images of one size go through a view together, up to this size; photos go one by one."""
 
@@ -75,8 +76,9 @@ class Loader:
         for number in self._numbers:
             try:
                 batch = next(batches)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error) or "Caught" in str(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                # The last two are of a worker that died after it announced a batch and before this process fetched it.
+                if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                     raise
                 raise RunError(
                     f"a loader worker died at batch {number} ({str(error).splitlines()[0]}); most often the memory or "

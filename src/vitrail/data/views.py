@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from vitrail.data.decode import decode_array
 from vitrail.data.preprocess import Preprocess
@@ -245,13 +245,11 @@ def _rand_augment(pixels: np.ndarray, magnitude: int, preprocess: Preprocess, rn
 
 def _color_jitter(pixels: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Change brightness, contrast and saturation by factors within 1 - strength to 1 + strength, in random order."""
-    from torchvision.transforms.v2 import functional
-
-    changes = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
-    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+    changes = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    image = Image.fromarray(np.ascontiguousarray(pixels))
     for place in rng.permutation(len(changes)):
-        image = changes[place](image, 1 + strength * (2 * rng.random() - 1))
-    return image.permute(1, 2, 0).numpy()
+        image = changes[place](image).enhance(1 + strength * (2 * rng.random() - 1))
+    return np.asarray(image)
 
 
 def _erase(pixels: np.ndarray, preprocess: Preprocess, rng: np.random.Generator) -> None:
