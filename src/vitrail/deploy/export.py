@@ -165,7 +165,7 @@ def write_model(model: onnx.ModelProto, path: str | Path) -> None:
 def _export_network(network: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
     """Export the network alone, with a batch of any size."""
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 network,
                 (example,),
@@ -202,8 +202,8 @@ def _explain(name: str, error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress lines and advice to developers off the user's terminal."""
+def quiet() -> Iterator[None]:
+    """Keep progress lines and advice to developers off the user's terminal."""
     before = logging.root.manager.disable
     sink = io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):

@@ -210,6 +210,12 @@ def import_openvino() -> ModuleType:
     return require("openvino", "openvino")
 
 
+def openvino_precision() -> Literal["bf16", "f32"]:
+    """Return the precision in which OpenVINO computes: bf16 where the processor has it, else fp32."""
+    capabilities = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "bf16" if "BF16" in capabilities else "f32"
+
+
 def compile_openvino(model: Path) -> tuple[Callable[[np.ndarray], dict[str, np.ndarray]], dict[str, str]]:
     """Compile the part of an exported file behind its resize, in bf16 where the processor has it.
 
@@ -226,7 +232,6 @@ def compile_openvino(model: Path) -> tuple[Callable[[np.ndarray], dict[str, np.n
     from vitrail.deploy import graph
 
     core = openvino.Core()
-    precision = "bf16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
     # Behind the resize only: OpenVINO has no antialiased resize of ONNX, and bf16 would spoil grey levels.
     try:
         whole = onnx.load(model)
@@ -236,7 +241,7 @@ def compile_openvino(model: Path) -> tuple[Callable[[np.ndarray], dict[str, np.n
     compiled = core.compile_model(
         core.read_model(io.BytesIO(part)),
         "CPU",
-        {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"},
+        {"INFERENCE_PRECISION_HINT": openvino_precision(), "PERFORMANCE_HINT": "LATENCY"},
     )
 
     def run(pixels: np.ndarray) -> dict[str, np.ndarray]:
