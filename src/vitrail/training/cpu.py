@@ -14,7 +14,7 @@ import copy
 import ctypes
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal
@@ -188,7 +188,7 @@ def tune_for_cpu(
         chosen = {name: switch for name, switch in chosen.items() if switch}
         plain, tuned = _compare(twin, images, precision, chosen)
         report.ratio, report.images_per_second = plain / tuned, batch_size / tuned
-    if report.ratio < 1:
+    if report.ratio < 0.95:  # less is noise beside the measurements of the operators
         report.choices = [Choice(c.operator, c.shape, "torch", 1.0, c.modules) for c in report.choices]
         report.ratio, report.images_per_second = 1.0, batch_size / plain
     else:
