@@ -42,6 +42,10 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
         accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     except ValueError as error:
         raise InputError(f"train.precision = {precision!r} cannot be used here: {error}") from None
+    if precision == "fp16" and accelerator.scaler is None:
+        raise InputError(
+            f"train.precision = 'fp16' cannot be used on {accelerator.device.type!r}; use 'bf16' or 'fp32'"
+        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise InputError(
             f"accelerate is set to {accelerator.distributed_type}; only plain data parallelism is supported: "

@@ -150,6 +150,7 @@ def train(
             return run.run()
         finally:
             accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False)
+            vars(method).pop("forward", None)  # left over from the wrapper, it would tie copies to this instance
             accelerator.free_memory()
 
 
@@ -202,6 +203,8 @@ class _Run:
         # A device that works on its own is asked about a step only when the next one is queued.
         self.lag = 0 if accelerator.device.type == "cpu" else 1
         self.pending: deque[_Measured] = deque()
+        # The processes talk about counts between their CPUs, so that no device has to be waited for.
+        self.hosts: Any = dist.new_group(backend="gloo") if accelerator.num_processes > 1 and self.lag else None
 
     @property
     def plan(self) -> Plan:
@@ -277,7 +280,7 @@ class _Run:
         if self.accelerator.num_processes == 1:
             return mine[:1], mine[1]
         every = [torch.empty(2, dtype=torch.int64) for _ in range(self.accelerator.num_processes)]
-        dist.all_gather(every, torch.tensor(mine))
+        dist.all_gather(every, torch.tensor(mine), group=self.hosts)
         return [int(pair[0]) for pair in every], int(every[0][1])
 
     def replan(self, total: int) -> None:
