@@ -80,8 +80,9 @@ class Loader:
                 # The last two are of a worker that died after it announced a batch and before this process fetched it.
                 if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                     raise
+                cause = str(error).split("\n")[0] or type(error).__name__
                 raise RunError(
-                    f"a loader worker died at batch {number} ({str(error).splitlines()[0]}); most often the memory or "
+                    f"a loader worker died at batch {number} ({cause}); most often the memory or "
                     "/dev/shm is full: run again with fewer workers (train.workers), 0 for none"
                 ) from error
             yield batch
