@@ -2,8 +2,8 @@
 
 Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations" (2019). Kinds
 and strengths are those of ImageNet-C and CIFAR-C; images with a shorter side below 85 pixels (the geometric mean of 32
-and 224) take CIFAR-C's strengths, and lengths in pixels scale with the image from 32 or 224. Figures are comparable among
-models measured here, not with the published benchmarks, because of what departs from them:
+and 224) take CIFAR-C's strengths, and lengths in pixels scale with the image from 32 or 224. Figures are comparable
+among models measured here, not with the published benchmarks, because of what departs from them:
 
 * frost overlays a generated texture of ice, where the original has six photographs;
 * blurs reflect at the border; the elastic transform resamples once where the original does twice;

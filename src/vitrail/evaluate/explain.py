@@ -21,8 +21,8 @@ _MIN_GRID = 4
 def grad_cam(model: nn.Module, pixels: Tensor, target: int | None = None) -> np.ndarray:
     """Return how much each place of the image speaks for a class: float32 (H, W) in [0, 1].
 
-    The map comes from the deepest layer that still has a grid of at least 4 x 4 places on which the class depends. For a
-    transformer that reads its class token only, this is the input of the last block: the patches leave the last one
+    The map comes from the deepest layer that still has a grid of at least 4 x 4 places on which the class depends. For
+    a transformer that reads its class token only, this is the input of the last block: the patches leave that block
     without an effect on the result.
 
     Args:
@@ -55,7 +55,7 @@ def grad_cam(model: nn.Module, pixels: Tensor, target: int | None = None) -> np.
                 raise InputError(f"class {target} does not exist: the model has classes 0 to {logits.shape[1] - 1}")
             outputs.append(features)
             layers = [output for output in outputs if isinstance(output, Tensor) and output.requires_grad]
-            slopes = torch.autograd.grad(logits[0, target], layers, allow_unused=True)
+            slopes = torch.autograd.grad(logits[0, target], layers, allow_unused=True) if layers else ()
     except AttributeError as error:
         raise InputError(f"Grad-CAM needs a model with timm's forward_features and forward_head: {error}") from None
     finally:
