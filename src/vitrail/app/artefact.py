@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vitrail.catalog import locate
+from vitrail.app.build import apply_edits
 from vitrail.data.preprocess import Preprocess
 from vitrail.errors import RunError
 from vitrail.models import create_model
 from vitrail.models.pretrained import read_weights
 from vitrail.runs import RunFolder, atomic_path, read_json, write_json
-from vitrail.training.recipe import EditConfig, ModelConfig
+from vitrail.training.recipe import EditConfig
 
 
 @dataclass(frozen=True)
@@ -57,30 +57,6 @@ class Artefact:
             raise RunError(f"{run.artefact} is damaged ({error}): run the same fit command again") from None
 
 
-def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """Create the recipe's model with its edits, without weights."""
-    options = model_options(config, num_classes)
-    return apply_edits(create_model(config.name, **options), config.edits)
-
-
-def model_options(config: ModelConfig, num_classes: int) -> dict[str, Any]:
-    """Return the keyword arguments of ``create_model`` for a resolved recipe."""
-    return {
-        "num_classes": num_classes,
-        "img_size": config.img_size,
-        "drop_rate": config.drop_rate,
-        "drop_path_rate": config.drop_path_rate,
-        **config.options,
-    }
-
-
-def apply_edits(model: nn.Module, edits: list[EditConfig]) -> nn.Module:
-    """Apply edits by slug or import path, in order, in place."""
-    for edit in edits:
-        model = locate(edit.name, "edit")(**edit.options)(model)
-    return model
-
-
 def save(run: RunFolder, model: nn.Module, artefact: Artefact) -> None:
     """Write ``model.safetensors`` and ``artefact.json``."""
     # safetensors refuses tied and channels-last tensors: clone each in plain layout.
@@ -119,20 +95,3 @@ def load(path: str | Path) -> nn.Module:
     for name in ("classes", "preprocess", "temperature", "multilabel"):
         setattr(model, name, getattr(artefact, name))
     return model
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_flops(model: nn.Module, size: tuple[int, int]) -> int:
-    """Return the multiply-adds of one image of ``size`` (height, width): what papers call FLOPs."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    place = next(model.parameters())
-    training = model.training
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.zeros(1, 3, *size, device=place.device, dtype=place.dtype))
-    model.train(training)
-    return int(counter.get_total_flops()) // 2

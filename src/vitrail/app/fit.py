@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vitrail.app import results
-from vitrail.app.artefact import Artefact, build_model, count_flops, count_parameters, model_options, save
 from vitrail.app.budget import Clock
-from vitrail.app.choose import resolve
-from vitrail.catalog import locate
+from vitrail.app.build import build_method, build_model, check_names, preprocess_of
+from vitrail.app.finish import Finish
+from vitrail.app.plan import reserve_seconds, resolve
 from vitrail.data.audit import Audit, audit
 from vitrail.data.index import Index, build_index, write_split_csv
 from vitrail.data.preprocess import Preprocess
 from vitrail.data.sources import Source, open_source
 from vitrail.errors import InputError, RunError
-from vitrail.evaluate.calibration import calibrate
 from vitrail.methods.method import Method
 from vitrail.models.pretrained import Weights, load_pretrained
-from vitrail.runs import RunFolder, read_json, write_json, write_text
-from vitrail.training.cpu import tune_for_cpu
+from vitrail.runs import RunFolder, atomic_path, read_json, write_json, write_text
+from vitrail.training.cpu import apply_switches, keep_memory, tune_for_cpu
+from vitrail.training.device import resolved
 from vitrail.training.features import warm_start_head
 from vitrail.training.recipe import Recipe, apply_overrides
-from vitrail.training.train import TrainResult, class_weights, train, validate
+from vitrail.training.train import TrainResult, train
 
 Event = dict[str, Any]
 Tell = Callable[[Event], None]
@@ -48,7 +47,7 @@ def fit(
 ) -> dict[str, Any]:
     """Audit the data, choose and train a model, evaluate, compress, export and report; return ``summary.json``.
 
-    A run that was interrupted goes on when it is called again in the same way; one that is finished returns its summary.
+    A run that was interrupted goes on when it is called again in the same way; a finished one returns its summary.
 
     Args:
         path: class-per-folder tree, manifest, IDX folder, ``hf://name`` or shards; None is the embedded digits.
@@ -68,6 +67,7 @@ def fit(
     """
     started = time.monotonic()
     asked = request(path, minutes=minutes, target_ms=target_ms, recipe=recipe, overrides=overrides)
+    check_names(asked)
     run = RunFolder(out if out is not None else default_folder(asked))
     state = PartialState()
     tell: Tell = events if events and state.is_main_process else lambda event: None
@@ -171,23 +171,29 @@ class _Fit:
     def message(self, text: str) -> None:
         self.tell({"event": "message", "text": text})
 
-    def stage(self, name: str) -> Any:
+    def progress(self, step: int, total: int | None) -> None:
+        self.tell({"event": "progress", "step": step, "total": total})
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
         self.tell({"event": "stage", "stage": name})
-        return self.clock.stage(name)
+        with self.clock.stage(name):
+            yield
 
     def run_all(self) -> dict[str, Any]:
         with self.stage("audit"), self.state.main_process_first():
             found, index = self.audit()
         with self.stage("choose"):
-            recipe, model, weights = self.choose(index, found)
+            recipe = self.choose(index, found)
+            model, weights = self.model(index, recipe)
         preprocess = preprocess_of(model, recipe)
         method = build_method(recipe, model, index)
-        self.head_start(method.model, index, preprocess, recipe)
+        self.head_start(model, index, preprocess, recipe)
         with self.stage("train"):
             trained = self.train(method, index, preprocess, recipe)
         if not self.state.is_main_process:
             return {}
-        return self.finish(found, index, recipe, weights, preprocess, trained)
+        return Finish(self.run, index, found, recipe, preprocess, weights, trained, self).run_all()
 
     # ---- data
 
@@ -195,77 +201,102 @@ class _Fit:
         config = self.asked.data
         found = audit(self.source, config, self.run.cache / "audit.sqlite", self.progress)
         path = self.run.cache / "index.arrow"
-        index = Index.open(path, self.source) if path.exists() else build_index(self.source, found, config, path)
-        if not self.run.split.exists():
+        if path.exists():
+            index = Index.open(path, self.source)
+        else:
+            index = build_index(self.source, found, config, path)
             write_split_csv(index, self.run.split)
-            write_json(self.run.data, {"source": self.source.uri, "kind": self.source.kind, **found.summary()})
         counts = {split: len(index.rows(split)) for split in ("train", "val", "test")}
-        self.message(
-            f"{counts['train']} training, {counts['val']} validation"
-            + (f", {counts['test']} test" if counts["test"] else "")
-            + f" images in {len(index.classes)} classes"
-        )
-        for text in results.audit_warnings(found.summary()):
-            self.tell({"event": "warning", "text": text})
+        shown = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        self.message(f"{shown} images in {len(index.classes)} classes")
         return found, index
-
-    def progress(self, step: int, total: int | None) -> None:
-        self.tell({"event": "progress", "step": step, "total": total})
 
     # ---- recipe and model
 
-    def choose(self, index: Index, found: Audit) -> tuple[Recipe, nn.Module, Weights]:
-        if self.run.recipe.exists():
-            recipe = Recipe.load(self.run.recipe)
-        else:
-            if self.state.is_main_process:
-                recipe = resolve(self.asked, index, found, self.clock, self.message)
-                write_text(self.run.recipe, recipe.to_toml())
-            self.state.wait_for_everyone()
-            recipe = Recipe.load(self.run.recipe)
+    def choose(self, index: Index, found: Audit) -> Recipe:
+        if not self.run.recipe.exists() and self.state.is_main_process:
+            deadline = self.train_deadline()
+            recipe = resolve(self.asked, index, median_side(found), deadline, self.message)
+            write_text(self.run.recipe, recipe.to_toml())
+        self.state.wait_for_everyone()
+        return Recipe.load(self.run.recipe)
+
+    def train_deadline(self) -> float | None:
+        deadline = self.clock.deadline
+        return None if deadline is None else deadline - reserve_seconds(self.clock.seconds or 0.0)
+
+    def model(self, index: Index, recipe: Recipe) -> tuple[nn.Module, Weights]:
         torch.manual_seed(recipe.train.seed)
         model = build_model(recipe.model, len(index.classes))
         weights = load_pretrained(model, recipe.model.name, recipe.model.pretrained, sha256=recipe.model.sha256)
         self.message(f"{recipe.model.name} at {recipe.model.img_size} px, {weights.description}")
         self.message(
-            f"{recipe.train.epochs:g} epochs of batches of {recipe.train.batch_size}, {recipe.optim.name}, "
+            f"{recipe.train.epochs:g} epochs in batches of {recipe.train.batch_size}, {recipe.optim.name}, "
             f"learning rate {recipe.optim.lr:g}, {recipe.train.precision}"
         )
-        return recipe, model, weights
+        return model, weights
 
     # ---- training
 
     def head_start(self, model: nn.Module, index: Index, preprocess: Preprocess, recipe: Recipe) -> None:
-        """Train the classifier on cached features first; a run that already trains has this behind it."""
+        """Train the classifier alone on cached features; a run that already trains has this behind it."""
         if not recipe.train.head_start or any(self.run.checkpoints.glob("*.pt")):
             return
+        done = self.run.cache / "head_start.safetensors"
         with self.stage("head_start"):
-            report = warm_start_head(model, index, preprocess, recipe, self.run.cache, progress=self.progress)
-            self.message(report.text)
+            if not done.exists() and self.state.is_main_process:
+                self.message("training the head on features of the frozen backbone")
+                report = warm_start_head(
+                    model,
+                    index,
+                    index.rows("train"),
+                    preprocess,
+                    seconds=resolved(recipe.train.head_start),
+                    seed=recipe.train.seed,
+                    folder=self.run.cache,
+                    precision=str(recipe.train.precision),
+                    channels_last=recipe.train.channels_last is True,
+                    background=recipe.data.background,
+                    max_pixels=recipe.data.max_pixels,
+                )
+                self.message(str(report))
+                # How far it comes depends on the clock: what it found is kept, so that a restart begins from the same.
+                with atomic_path(done) as temporary:
+                    save_file(_head(model).state_dict(), temporary)
+            self.state.wait_for_everyone()
+            _head(model).load_state_dict(load_file(done))
 
     def train(self, method: Method, index: Index, preprocess: Preprocess, recipe: Recipe) -> TrainResult:
         if not torch.cuda.is_available():
+            self.tune(method.model, preprocess, recipe)
+        return train(method, index, preprocess, recipe, self.run, deadline=self.train_deadline(), events=self.tell)
+
+    def tune(self, model: nn.Module, preprocess: Preprocess, recipe: Recipe) -> None:
+        """Take the operators' fastest forms on this CPU; a restart takes the same again, so that it computes the same."""
+        file = self.run.cache / "cpu.json"
+        keep_memory()
+        if not file.exists() and self.state.is_main_process:
             report = tune_for_cpu(
-                method.model,
+                model,
                 image_shape=(3, *preprocess.size),
-                batch_size=int(recipe.train.batch_size),
+                batch_size=resolved(recipe.train.batch_size) // self.state.num_processes,
                 precision=str(recipe.train.precision),
+                channels_last=recipe.train.channels_last is True,
             )
-            self.message(str(report))
-        deadline = self.clock.deadline
-        if deadline is not None:
-            deadline -= results.reserve_seconds(self.clock.seconds or 0.0)
-        return train(method, index, preprocess, recipe, self.run, deadline=deadline, events=self.tell)
+            report.undo()
+            for line in report.lines():
+                self.message(line)
+            write_json(file, report.switches)
+        self.state.wait_for_everyone()
+        apply_switches(model, read_json(file))
 
-    # ---- what comes after training
 
-    def finish(
-        self,
-        found: Audit,
-        index: Index,
-        recipe: Recipe,
-        weights: Weights,
-        preprocess: Preprocess,
-        trained: TrainResult,
-    ) -> dict[str, Any]:
-        raise NotImplementedError
+def median_side(found: Audit) -> int:
+    """Return the median of the images' shorter sides, in pixels."""
+    return int(found.summary()["sizes"]["shorter_side"]["median"])
+
+
+def _head(model: nn.Module) -> nn.Module:
+    """Return the classifier, by timm's surface."""
+    surface: Any = model
+    return surface.get_classifier()

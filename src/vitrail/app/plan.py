@@ -3,52 +3,74 @@
 from __future__ import annotations
 
 import math
+import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
-from vitrail.app.artefact import build_model
+from vitrail.app.build import build_method, build_model, model_options, preprocess_of
 from vitrail.app.choose import recommend
 from vitrail.data.index import Index
+from vitrail.data.loader import make_loader
+from vitrail.data.preprocess import Preprocess
+from vitrail.data.views import build_views
+from vitrail.deploy.export import export_onnx
+from vitrail.deploy.runtime import Predictor
 from vitrail.errors import InputError
+from vitrail.models.factory import create_model
 from vitrail.models.pretrained import packaged_weights
+from vitrail.training.cpu import tune_for_cpu
+from vitrail.training.device import resolved
+from vitrail.training.probe import largest_batch, measure_step
 from vitrail.training.recipe import Recipe
 
-RESERVE_SHARE, RESERVE_SECONDS, RESERVE_MOST = 0.12, 25.0, 0.4
+MARGIN = 0.9
+"""Share of the measured speed that is counted on; the loop shortens the plan when even that is too much."""
+MOST_EPOCHS = 200.0
+SMALLEST, STEP = 32, 16
+"""Image sides in pixels: the least that is tried to meet a latency, and the grain."""
 
 
 def reserve_seconds(budget: float) -> float:
     """Return the seconds of a run's budget that are kept for evaluation, export, timing and the report."""
-    return min(RESERVE_SECONDS + RESERVE_SHARE * budget, RESERVE_MOST * budget)
+    return min(25.0 + 0.12 * budget, 0.4 * budget)
 
 
-def resolve(asked: Recipe, index: Index, median_side: int, seconds: float | None, say: Callable[[str], None]) -> Recipe:
+def resolve(
+    asked: Recipe, index: Index, median_side: int, deadline: float | None, say: Callable[[str], None]
+) -> Recipe:
     """Return a copy of ``asked`` with nothing left at ``"auto"``.
 
     Args:
         asked: the recipe as given.
         index: the data, split.
         median_side: median of the images' shorter sides, in pixels.
-        seconds: wall-clock time left for training; None when ``train.epochs`` is given.
-        say: told what was chosen and why.
+        deadline: ``time.monotonic()`` at which training has to end, or None when ``train.epochs`` is given.
+        say: told what was measured.
+
+    Raises:
+        InputError: neither a budget nor a number of epochs, or a latency that no image size meets.
     """
     recipe = asked.model_copy(deep=True)
-    values = recommend(
-        n_train=len(index.rows("train")),
-        n_classes=len(index.classes),
-        median_side=median_side,
-        pretrained_available=_pretrained_wanted(recipe) and packaged_weights("tf_efficientnet_lite0") is not None,
-        train_seconds=600.0 if seconds is None else seconds,
+    wanted = recipe.model.pretrained != "none" and recipe.model.name in ("auto", "tf_efficientnet_lite0")
+    fill(
+        recipe,
+        recommend(
+            n_train=len(index.rows("train")),
+            n_classes=len(index.classes),
+            median_side=median_side,
+            pretrained_available=wanted and packaged_weights("tf_efficientnet_lite0") is not None,
+            train_seconds=600.0 if deadline is None else deadline - time.monotonic(),
+        ),
     )
-    fill(recipe, values)
     if recipe.deploy.target_ms is not None and asked.model.img_size == "auto":
-        _meet_latency(recipe, index, say)
-    if recipe.train.epochs == "auto":
-        if seconds is None:
-            raise InputError("give --minutes, or train.epochs: one of them must say when training ends")
-        _probe_epochs(recipe, index, seconds, say)
+        _meet_latency(recipe, len(index.classes), say)
+    if recipe.train.batch_size == "auto" or recipe.train.epochs == "auto":
+        _probe(recipe, index, deadline, say)
     if recipe.unresolved():
         raise InputError(f"the recipe leaves {', '.join(recipe.unresolved())} at 'auto': give them values with --set")
     return recipe
@@ -62,3 +84,92 @@ def fill(recipe: Recipe, values: dict[str, Any]) -> None:
         for section in sections:
             place = getattr(place, section)
         setattr(place, name, values[key])
+
+
+def _probe(recipe: Recipe, index: Index, deadline: float | None, say: Callable[[str], None]) -> None:
+    """Measure steps and loading; set batch size and epochs so that training ends before the deadline."""
+    model = build_model(recipe.model, len(index.classes))
+    preprocess = preprocess_of(model, recipe)
+    method = build_method(recipe, model, index)
+    rows = index.rows("train")
+    trial = recipe.model_copy(deep=True)
+    trial.train.epochs = 1.0
+    trial.train.batch_size = recipe.train.batch_size if recipe.train.batch_size != "auto" else 32
+    if recipe.train.batch_size == "auto":
+        # A batch as large as the data allow some hundred steps with, at most what fits.
+        limit = 2 ** max(3, min(8, int(math.log2(max(1, len(rows) / 20)))))
+        recipe.train.batch_size = largest_batch(method, trial, preprocess, limit=limit).batch_size
+    tune_for_cpu(
+        model,
+        image_shape=(3, *preprocess.size),
+        batch_size=recipe.train.batch_size,
+        precision=str(recipe.train.precision),
+    )
+    step = measure_step(method, trial, preprocess, int(recipe.train.batch_size)).seconds_per_image
+    load = _loading_seconds(trial, index, preprocess, method.views)
+    per_image = step + load
+    say(f"a training step takes {1e3 * step:.2f} ms per image, loading {1e3 * load:.2f} ms")
+    if recipe.train.epochs == "auto":
+        if deadline is None:
+            raise InputError("give --minutes or train.epochs: one of them must say when training ends")
+        validations = (len(index.rows("val")) / 3) / max(1, len(rows))  # a forward pass is about a third of a step
+        epoch = len(rows) * per_image * (1 + validations / recipe.train.eval_every)
+        epochs = MARGIN * (deadline - time.monotonic()) / epoch
+        recipe.train.epochs = round(min(max(epochs, 0.05), MOST_EPOCHS), 2)
+
+
+def _loading_seconds(recipe: Recipe, index: Index, preprocess: Preprocess, views: Any) -> float:
+    """Return the seconds per training image of reading, decoding and augmenting, without a cache."""
+    rows = np.random.default_rng(0).permutation(index.rows("train"))[:256]
+    loader = make_loader(
+        index,
+        rows,
+        build_views(views, preprocess, recipe.augment, recipe.data),
+        batch_size=min(32, len(rows)),
+        shuffle=False,
+        workers=0,
+    )
+    started = time.perf_counter()
+    count = 0
+    for batch in loader:
+        count += len(batch["row"])
+        if time.perf_counter() - started > 1.0:
+            break
+    return (time.perf_counter() - started) / max(1, count)
+
+
+def _meet_latency(recipe: Recipe, n_classes: int, say: Callable[[str], None]) -> None:
+    """Shrink the image size until the exported model meets ``deploy.target_ms``, or raise."""
+    target = float(recipe.deploy.target_ms or 0)
+    size = resolved(recipe.model.img_size)
+    while True:
+        recipe.model.img_size = size
+        measured = _latency_ms(recipe, n_classes)
+        say(f"{recipe.model.name} at {size} px takes {measured:.2f} ms per image; the target is {target:g} ms")
+        if measured <= target:
+            return
+        # Time goes with the pixels; 0.95 leaves room for what does not shrink with them.
+        smaller = int(0.95 * size * math.sqrt(target / measured)) // STEP * STEP
+        if smaller < SMALLEST:
+            raise InputError(
+                f"--target-ms {target:g} cannot be met by {recipe.model.name} on this machine ({measured:.2f} ms at "
+                f"{size} px): give more time, or a smaller model with --set model.name=..."
+            )
+        size = min(smaller, size - STEP)
+
+
+def _latency_ms(recipe: Recipe, n_classes: int) -> float:
+    """Return the median milliseconds of one image in ONNX Runtime, fp32."""
+    model = create_model(recipe.model.name, **model_options(recipe.model, n_classes)).eval()
+    preprocess = preprocess_of(model, recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trial.onnx"
+        export_onnx(model, preprocess, file, classes=[str(number) for number in range(n_classes)])
+        predictor = Predictor(file)
+        image = np.zeros((*preprocess.size, 3), np.uint8)
+        seconds = []
+        for _ in range(12):
+            started = time.perf_counter()
+            list(predictor.predict([image], top=1))
+            seconds.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(seconds[2:])
