@@ -8,7 +8,8 @@ The file that results takes raw images and gives probabilities:
     logits, probabilities            float32 (N, C)
 
 The resize is that of ``Preprocess`` to within one grey level: antialiased, in whole grey levels, along the rows and
-then along the columns. ``exclude_outside`` matters: without it ONNX Runtime 1.31 errs by up to 18 at the borders.
+then along the columns. (Two levels, rarely, where a value lies exactly between two levels in both passes.)
+``exclude_outside`` matters: without it ONNX Runtime 1.31 errs by up to 18 grey levels at the borders.
 """
 
 from __future__ import annotations
