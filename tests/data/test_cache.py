@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -140,6 +141,14 @@ def test_many_processes_write_at_once(tmp_path):
 
 
 def _fill(cache, start):
+    used = cache.used
+
+    def slow():  # leaves the others time to take the same place
+        found = used()
+        time.sleep(0.001)
+        return found
+
+    cache.used = slow
     for row in np.random.default_rng(start).permutation(60).tolist():
         found = cache.get(row)
         if found is None:

@@ -59,17 +59,25 @@ RAMP = np.linspace(0, 65535, 32 * 24).astype(np.uint16).reshape(24, 32)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-def test_16_bit_grey_is_divided_by_257_not_clipped(kind):
-    assert np.abs(pixels(encode(RAMP, kind)) - RAMP[..., None] / 257).max() <= 0.51
+@pytest.mark.parametrize("values", [RAMP, RAMP // 5 + 300], ids=["full", "dark"])
+def test_16_bit_grey_is_divided_by_257_neither_clipped_nor_stretched(kind, values):
+    assert np.abs(pixels(encode(values, kind)) - values[..., None] / 257).max() <= 0.51
 
 
-def test_32_bit_integers_in_16_bit_range_are_divided_by_257():
-    assert np.abs(pixels(encode(RAMP.astype(np.int32), "TIFF")) - RAMP[..., None] / 257).max() <= 0.51
+@pytest.mark.parametrize("values", [RAMP, RAMP // 5 + 300], ids=["full", "dark"])
+def test_32_bit_integers_in_16_bit_range_are_divided_by_257(values):
+    assert np.abs(pixels(encode(values.astype(np.int32), "TIFF")) - values[..., None] / 257).max() <= 0.51
 
 
 def test_wider_integers_are_stretched():
     values = RAMP.astype(np.int32) * 1000 - 5_000_000
     assert np.abs(pixels(encode(values, "TIFF")) - RAMP[..., None] / 257).max() <= 0.51
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(0.5, 127.5), (100.0, 100.0)])
+def test_floats_within_0_to_1_or_0_to_255_are_not_stretched(factor, expected):
+    values = RAMP.astype(np.float32) / 65535 * np.float32(factor)
+    assert abs(pixels(encode(values, "TIFF")).max() - expected) <= 0.51
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1 / 65535, 0), (255 / 65535, 0), (3.0, -10.0)])
