@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import click
 
 from vitrail import __version__
 from vitrail.errors import VitrailError
+
+STARTED = time.monotonic()
+"""The budget of `vitrail fit` counts the seconds of loading."""
 
 FILE = click.Path(path_type=Path)
 
@@ -71,6 +75,7 @@ def fit(
             recipe=recipe,
             overrides=overrides,
             events=display.event,
+            started=STARTED,
         )
     display.final(summary)
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from vitrail.app.artefact import load
+from vitrail.app.artefact import Artefact, load
 from vitrail.deploy.export import check_parity, export_onnx
 from vitrail.runs import RunFolder
 
@@ -21,16 +21,16 @@ def export_run(run: str | Path, out: str | Path | None = None) -> dict[str, Any]
         RunError: not a finished run folder, or a damaged one.
     """
     folder = RunFolder(run)
-    model = load(folder)
-    preprocess = model.preprocess
+    model, artefact = load(folder.path), Artefact.read(folder)
+    preprocess = artefact.preprocess
     path = Path(out) if out is not None else folder.onnx
     written = export_onnx(
         model,
         preprocess,
         path,
-        classes=model.classes,
-        temperature=model.temperature,
-        multilabel=model.multilabel,
+        classes=artefact.classes,
+        temperature=artefact.temperature,
+        multilabel=artefact.multilabel,
     )
     # The run's images may be gone: smooth random pictures of several sizes exercise resize, crop and network.
     rng = np.random.default_rng(0)

@@ -53,7 +53,21 @@ class Stages(Protocol):
         """Enter a stage."""
 
 
-class Finish:
+def finish(
+    run: RunFolder,
+    index: Index,
+    found: Audit,
+    recipe: Recipe,
+    preprocess: Preprocess,
+    weights: Weights,
+    trained: TrainResult,
+    fit: Stages,
+) -> dict[str, Any]:
+    """Do everything that comes after training, and return the contents of ``summary.json``."""
+    return _Finish(run, index, found, recipe, preprocess, weights, trained, fit).run_all()
+
+
+class _Finish:
     """The stages after training, in order."""
 
     def __init__(
@@ -267,8 +281,7 @@ class Finish:
 
     def report(self, summary: dict[str, Any]) -> None:
         write_json(self.run.environment, summary["environment"])
-        index = {split: len(self.index.rows(split)) for split in ("train", "val", "test")}
-        write_json(self.run.data, {**self.found.summary(), "split": index, "used_classes": list(self.index.classes)})
+        write_json(self.run.data, {**self.found.summary(), "index": self.index.summary()})
         content = gather(
             self.run,
             self.index,

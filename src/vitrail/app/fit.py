@@ -15,7 +15,7 @@ from torch import nn
 
 from vitrail.app.budget import Clock
 from vitrail.app.build import build_method, build_model, check_names, preprocess_of
-from vitrail.app.finish import Finish
+from vitrail.app.finish import finish
 from vitrail.app.plan import reserve_seconds, resolve
 from vitrail.data.audit import Audit, audit
 from vitrail.data.index import Index, build_index, write_split_csv
@@ -25,7 +25,7 @@ from vitrail.errors import InputError, RunError
 from vitrail.methods.method import Method
 from vitrail.models.pretrained import Weights, load_pretrained
 from vitrail.runs import RunFolder, atomic_path, read_json, write_json, write_text
-from vitrail.training.cpu import apply_switches, keep_memory, tune_for_cpu
+from vitrail.training.cpu import apply_switches, keep_memory
 from vitrail.training.device import resolved
 from vitrail.training.features import warm_start_head
 from vitrail.training.recipe import Recipe, apply_overrides
@@ -44,6 +44,7 @@ def fit(
     recipe: str | Path | Recipe | None = None,
     overrides: Iterable[str] = (),
     events: Tell | None = None,
+    started: float | None = None,
 ) -> dict[str, Any]:
     """Audit the data, choose and train a model, evaluate, compress, export and report; return ``summary.json``.
 
@@ -57,6 +58,7 @@ def fit(
         recipe: TOML file or ``Recipe``.
         overrides: ``key=value`` entries of the recipe.
         events: called with dictionaries whose ``"event"`` is ``stage``, ``message``, ``warning`` or ``progress``.
+        started: ``time.monotonic()`` at which the budget began; now by default.
 
     Raises:
         VitrailError: with one line that says what was given, what is allowed and what to do next.
@@ -65,7 +67,7 @@ def fit(
         >>> summary = vitrail.fit(minutes=1, out="runs/digits")  # doctest: +SKIP
         >>> summary["top1"]                                      # doctest: +SKIP
     """
-    started = time.monotonic()
+    started = time.monotonic() if started is None else started
     asked = request(path, minutes=minutes, target_ms=target_ms, recipe=recipe, overrides=overrides)
     check_names(asked)
     run = RunFolder(out if out is not None else default_folder(asked))
@@ -159,6 +161,7 @@ class _Fit:
     ) -> None:
         self.run, self.asked, self.source, self.clock, self.state = run, asked, source, clock, state
         self._tell = tell
+        self.switches = run.cache / "cpu.json"
         self.warnings: list[str] = []
 
     def tell(self, event: Event) -> None:
@@ -193,7 +196,7 @@ class _Fit:
             trained = self.train(method, index, preprocess, recipe)
         if not self.state.is_main_process:
             return {}
-        return Finish(self.run, index, found, recipe, preprocess, weights, trained, self).run_all()
+        return finish(self.run, index, found, recipe, preprocess, weights, trained, self)
 
     # ---- data
 
@@ -215,8 +218,9 @@ class _Fit:
 
     def choose(self, index: Index, found: Audit) -> Recipe:
         if not self.run.recipe.exists() and self.state.is_main_process:
-            deadline = self.train_deadline()
-            recipe = resolve(self.asked, index, median_side(found), deadline, self.message)
+            side = int(found.summary()["sizes"]["shorter_side"]["median"])
+            recipe, switches = resolve(self.asked, index, side, self.train_deadline(), self.message)
+            write_json(self.switches, switches)
             write_text(self.run.recipe, recipe.to_toml())
         self.state.wait_for_everyone()
         return Recipe.load(self.run.recipe)
@@ -267,33 +271,11 @@ class _Fit:
             _head(model).load_state_dict(load_file(done))
 
     def train(self, method: Method, index: Index, preprocess: Preprocess, recipe: Recipe) -> TrainResult:
-        if not torch.cuda.is_available():
-            self.tune(method.model, preprocess, recipe)
+        # A restart takes the forms of operators that the first start measured, so that it computes the same.
+        if self.switches.exists() and not torch.cuda.is_available():
+            keep_memory()
+            apply_switches(method.model, read_json(self.switches))
         return train(method, index, preprocess, recipe, self.run, deadline=self.train_deadline(), events=self.tell)
-
-    def tune(self, model: nn.Module, preprocess: Preprocess, recipe: Recipe) -> None:
-        """Take the operators' fastest forms on this CPU; a restart takes the same again, so that it computes the same."""
-        file = self.run.cache / "cpu.json"
-        keep_memory()
-        if not file.exists() and self.state.is_main_process:
-            report = tune_for_cpu(
-                model,
-                image_shape=(3, *preprocess.size),
-                batch_size=resolved(recipe.train.batch_size) // self.state.num_processes,
-                precision=str(recipe.train.precision),
-                channels_last=recipe.train.channels_last is True,
-            )
-            report.undo()
-            for line in report.lines():
-                self.message(line)
-            write_json(file, report.switches)
-        self.state.wait_for_everyone()
-        apply_switches(model, read_json(file))
-
-
-def median_side(found: Audit) -> int:
-    """Return the median of the images' shorter sides, in pixels."""
-    return int(found.summary()["sizes"]["shorter_side"]["median"])
 
 
 def _head(model: nn.Module) -> nn.Module:

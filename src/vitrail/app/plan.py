@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from vitrail.app.build import build_method, build_model, model_options, preprocess_of
 from vitrail.app.choose import recommend
@@ -23,14 +24,16 @@ from vitrail.deploy.runtime import Predictor
 from vitrail.errors import InputError
 from vitrail.models.factory import create_model
 from vitrail.models.pretrained import packaged_weights
-from vitrail.training.cpu import tune_for_cpu
+from vitrail.training.cpu import Switches, tune_for_cpu
 from vitrail.training.device import resolved
 from vitrail.training.probe import largest_batch, measure_step
 from vitrail.training.recipe import Recipe
 
 MARGIN = 0.9
 """Share of the measured speed that is counted on; the loop shortens the plan when even that is too much."""
-MOST_EPOCHS = 200.0
+LEAST_EPOCHS, MOST_EPOCHS = 0.01, 200.0
+PROBE_SHARE = 0.05
+"""Of the time for training, for the choice of forms of operators."""
 SMALLEST, STEP = 32, 16
 """Image sides in pixels: the least that is tried to meet a latency, and the grain."""
 
@@ -42,8 +45,8 @@ def reserve_seconds(budget: float) -> float:
 
 def resolve(
     asked: Recipe, index: Index, median_side: int, deadline: float | None, say: Callable[[str], None]
-) -> Recipe:
-    """Return a copy of ``asked`` with nothing left at ``"auto"``.
+) -> tuple[Recipe, Switches]:
+    """Return a copy of ``asked`` with nothing left at ``"auto"``, and the forms of operators to train with on a CPU.
 
     Args:
         asked: the recipe as given.
@@ -57,6 +60,8 @@ def resolve(
     """
     recipe = asked.model_copy(deep=True)
     wanted = recipe.model.pretrained != "none" and recipe.model.name in ("auto", "tf_efficientnet_lite0")
+    if deadline is None and recipe.train.epochs == "auto":
+        raise InputError("nothing says when training ends: give --minutes, or set train.epochs")
     fill(
         recipe,
         recommend(
@@ -69,11 +74,10 @@ def resolve(
     )
     if recipe.deploy.target_ms is not None and asked.model.img_size == "auto":
         _meet_latency(recipe, len(index.classes), say)
-    if recipe.train.batch_size == "auto" or recipe.train.epochs == "auto":
-        _probe(recipe, index, deadline, say)
+    switches = _probe(recipe, index, deadline, say)
     if recipe.unresolved():
         raise InputError(f"the recipe leaves {', '.join(recipe.unresolved())} at 'auto': give them values with --set")
-    return recipe
+    return recipe, switches
 
 
 def fill(recipe: Recipe, values: dict[str, Any]) -> None:
@@ -86,36 +90,47 @@ def fill(recipe: Recipe, values: dict[str, Any]) -> None:
         setattr(place, name, values[key])
 
 
-def _probe(recipe: Recipe, index: Index, deadline: float | None, say: Callable[[str], None]) -> None:
+def _probe(recipe: Recipe, index: Index, deadline: float | None, say: Callable[[str], None]) -> Switches:
     """Measure steps and loading; set batch size and epochs so that training ends before the deadline."""
     model = build_model(recipe.model, len(index.classes))
     preprocess = preprocess_of(model, recipe)
     method = build_method(recipe, model, index)
     rows = index.rows("train")
+    left = math.inf if deadline is None else deadline - time.monotonic()
     trial = recipe.model_copy(deep=True)
     trial.train.epochs = 1.0
-    trial.train.batch_size = recipe.train.batch_size if recipe.train.batch_size != "auto" else 32
     if recipe.train.batch_size == "auto":
-        # A batch as large as the data allow some hundred steps with, at most what fits.
+        trial.train.batch_size = 32
+        # A batch as large as leaves some twenty steps an epoch, at most what fits.
         limit = 2 ** max(3, min(8, int(math.log2(max(1, len(rows) / 20)))))
         recipe.train.batch_size = largest_batch(method, trial, preprocess, limit=limit).batch_size
-    tune_for_cpu(
-        model,
-        image_shape=(3, *preprocess.size),
-        batch_size=recipe.train.batch_size,
-        precision=str(recipe.train.precision),
-    )
-    step = measure_step(method, trial, preprocess, int(recipe.train.batch_size)).seconds_per_image
-    load = _loading_seconds(trial, index, preprocess, method.views)
-    per_image = step + load
-    say(f"a training step takes {1e3 * step:.2f} ms per image, loading {1e3 * load:.2f} ms")
+    batch_size = resolved(recipe.train.batch_size)
+    trial.train.batch_size = batch_size
+    switches: Switches = {}
+    if not torch.cuda.is_available():
+        report = tune_for_cpu(
+            model,
+            image_shape=(3, *preprocess.size),
+            batch_size=batch_size,
+            precision=str(recipe.train.precision),
+            channels_last=recipe.train.channels_last is True,
+            seconds=min(20.0, PROBE_SHARE * left),
+        )
+        switches = report.switches
+        for line in report.lines():
+            say(line)
     if recipe.train.epochs == "auto":
-        if deadline is None:
-            raise InputError("give --minutes or train.epochs: one of them must say when training ends")
-        validations = (len(index.rows("val")) / 3) / max(1, len(rows))  # a forward pass is about a third of a step
-        epoch = len(rows) * per_image * (1 + validations / recipe.train.eval_every)
-        epochs = MARGIN * (deadline - time.monotonic()) / epoch
-        recipe.train.epochs = round(min(max(epochs, 0.05), MOST_EPOCHS), 2)
+        step = measure_step(method, trial, preprocess, batch_size).seconds_per_image
+        load = _loading_seconds(trial, index, preprocess, method.views)
+        say(f"a training step takes {1e3 * step:.2f} ms per image, loading {1e3 * load:.2f} ms")
+        assert deadline is not None  # checked by the caller
+        # A forward pass is about a third of a step.
+        validation = len(index.rows("val")) * (step / 3 + load) / recipe.train.eval_every
+        # What follows first is the head start, which takes its own seconds.
+        seconds = MARGIN * (deadline - time.monotonic()) - resolved(recipe.train.head_start)
+        epochs = seconds / (len(rows) * (step + load) + validation)
+        recipe.train.epochs = round(min(max(epochs, LEAST_EPOCHS), MOST_EPOCHS), 3)
+    return switches
 
 
 def _loading_seconds(recipe: Recipe, index: Index, preprocess: Preprocess, views: Any) -> float:

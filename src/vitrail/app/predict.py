@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vitrail.deploy.runtime import Prediction, Predictor
 from vitrail.errors import InputError
+from vitrail.runs import RunFolder
 
 
 def predict_command(run: Path, images: Sequence[Path], *, top: int, as_json: bool, explain: Path | None) -> int:
@@ -40,9 +41,10 @@ class _Pictures:
     """Writes Grad-CAM pictures into a folder, numbered in the order of the images."""
 
     def __init__(self, run: Path, folder: Path) -> None:
-        from vitrail.app.artefact import load
+        from vitrail.app.artefact import Artefact, load
 
         self.model = load(run)
+        self.artefact = Artefact.read(RunFolder(run))
         self.folder = folder
         self.count = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,9 +55,9 @@ class _Pictures:
         from vitrail.data.decode import decode
         from vitrail.evaluate.explain import grad_cam, overlay
 
-        preprocess = self.model.preprocess
+        preprocess = self.artefact.preprocess
         pixels = preprocess(decode(path.read_bytes(), background=preprocess.background))
         inputs = torch.from_numpy(preprocess.normalise(pixels))[None]
-        cam = grad_cam(self.model, inputs, self.model.classes.index(name))
+        cam = grad_cam(self.model, inputs, self.artefact.classes.index(name))
         self.count += 1
         overlay(pixels, cam).save(self.folder / f"{self.count:04}-{path.stem}.png")

@@ -151,6 +151,12 @@ class Audit:
         """Yield the groups of duplicates whose labels differ."""
         yield from self.groups(kind, CONFLICT)
 
+    def locators(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return what ``Source.read`` needs for each of a few keys, as far as they are known."""
+        wanted = list(keys)
+        marks = ", ".join("?" * len(wanted))
+        return dict(self._query(f"SELECT key, locator FROM images WHERE key IN ({marks})", tuple(wanted)))
+
     def class_counts(self) -> dict[str, int]:
         """Return the readable images per class, by name."""
         return dict(
