@@ -15,9 +15,11 @@ from typing import Any, ParamSpec
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 P = ParamSpec("P")
 
@@ -27,6 +29,9 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vitrail",
     "text.parse_math": False,  # a class may be called "$x$"
+    "figure.dpi": 72,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "font.size": 8.5,
     "text.color": INK,
     "axes.labelcolor": MUTED,
@@ -67,9 +72,7 @@ def _svg(draw: Callable[P, tuple[str, Figure] | None]) -> Callable[P, str]:
                 return ""
             name, figure = result
             file = StringIO()
-            figure.savefig(
-                file, format="svg", transparent=True, metadata={"Date": None}, bbox_inches="tight", pad_inches=0.03
-            )
+            FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})  # savefig would draw twice
         return _themed(file.getvalue(), name)
 
     return drawn
@@ -129,31 +132,32 @@ def curve(history: Sequence[Mapping[str, Any]], quantity: str) -> tuple[str, Fig
         axes.legend(loc="upper right")
     axes.set_title(titles[quantity])
     axes.set_xlabel("epoch")
+    axes.set_xlim(left=0)
+    if axes.get_xlim()[1] >= 3:
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     return titles[quantity], figure
 
 
 @_svg
-def reliability_plot(diagram: Mapping[str, Any], title: str, note: str = "") -> tuple[str, Figure] | None:
+def reliability_plot(diagram: Mapping[str, Any], title: str) -> tuple[str, Figure] | None:
     """Draw a diagram of ``calibration.reliability``: accuracy per bin of confidence, and how many images each holds."""
     if not sum(diagram["count"]):
         return None
-    figure = Figure(figsize=(3.4, 3.5))
+    figure = Figure(figsize=(_WIDTH, 4.0), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    figure.subplots_adjust(hspace=0.12)
     for low, high, count, confidence, accuracy in zip(
         diagram["edges"], diagram["edges"][1:], diagram["count"], diagram["confidence"], diagram["accuracy"]
     ):
         if not count:
             continue
         middle, width = (low + high) / 2, (high - low) * 0.86
-        top.bar(middle, accuracy, width, color=BLUE)
         lower, upper = sorted((accuracy, confidence))
-        top.bar(middle, upper - lower, width, lower, color=ROSE, alpha=0.35)
+        top.bar(middle, lower, width, color=BLUE, alpha=0.85)
+        top.bar(middle, upper - lower, width, lower, color=ROSE if confidence > accuracy else TEAL, alpha=0.4)
         below.bar(middle, count, width, color=MUTED, alpha=0.6)
     top.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=(0, (3, 3)))
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     top.set_title(title)
-    top.text(0.03, 0.93, note, transform=top.transAxes, color=INK, va="top")
     top.yaxis.set_major_formatter(_percent)
     below.xaxis.set_major_formatter(_percent)
     below.set(xlabel="confidence", ylabel="count", yticks=[])
@@ -181,7 +185,8 @@ def confusion_plot(cells: Sequence[Sequence[int]], classes: Sequence[str]) -> tu
     if width > MAX_CELLS:
         # Alone the transparency tells the share, so the picture suits a light and a dark page.
         picture = np.zeros((side, side, 4))
-        picture[...] = (0.27, 0.5, 0.9, 0)
+        picture[...] = (0.83, 0.29, 0.36, 0)
+        picture[np.arange(side), np.arange(side)] = (0.27, 0.5, 0.9, 0)
         picture[..., 3] = np.where(counts, 0.15 + 0.85 * share, 0)
         axes.imshow(picture, extent=(0, side, side, 0), interpolation="nearest")
         axes.set(xticks=[], yticks=[])
@@ -265,13 +270,12 @@ def runtime_plot(runtimes: Sequence[Mapping[str, Any]], winner: str) -> tuple[st
     rows = [entry for entry in runtimes if entry.get("latency_ms") is not None]
     if not rows:
         return None
-    figure = Figure(figsize=(_WIDTH, 0.55 + 0.27 * len(rows)))
+    figure = Figure(figsize=(_WIDTH, 0.55 + 0.27 * len(rows)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    figure.subplots_adjust(wspace=0.16)
     quantities: list[tuple[str, str, float, str]] = [
         ("ms per image", "latency_ms", 1, "{:.3g}"),
         ("size, MB", "bytes", 1e-6, "{:.3g}"),
-        ("top-1", "top1", 100, "{:.1f} %"),
+        ("top-1", "top1", 100, "{:.1f}\u202f%"),
     ]
     for axes, (title, key, factor, form) in zip(panels, quantities):
         most = max((entry.get(key) or 0) * factor for entry in rows) or 1
@@ -295,9 +299,9 @@ def runtime_plot(runtimes: Sequence[Mapping[str, Any]], winner: str) -> tuple[st
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height))
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def _percent(value: float, _place: float) -> str:
-    return f"{100 * value:.4g} %"
+    return f"{100 * value:.4g}\u202f%"

@@ -132,7 +132,7 @@ def render(content: ReportContent) -> str:
         "curves": [svg for name in ("loss", "top1", "map", "lr") if (svg := plots.curve(content.history, name))],
         "confusion": plots.confusion_plot(summary.get("confusion") or [], classes),
         "reliability": [
-            plots.reliability_plot(calibration[part], title, f"error {calibration[key]:.3f}")
+            plots.reliability_plot(calibration[part], f"{title}: error {calibration[key]:.3f}")
             for part, key, title in (
                 ("before", "ece", "Before"),
                 ("after", "ece_calibrated", "After temperature scaling"),
@@ -223,7 +223,7 @@ def _environment() -> Environment:
 
 def percent(value: float | None, digits: int = 1) -> str:
     """Return a share as a percentage."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
+    return "–" if value is None else f"{100 * value:.{digits}f}\u202f%"
 
 
 def count(value: float | None) -> str:
