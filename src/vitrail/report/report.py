@@ -144,12 +144,12 @@ def render(content: ReportContent) -> str:
         "runtimes": plots.runtime_plot(summary.get("runtimes") or [], summary.get("winner") or ""),
     }
     return (
-        _environment()
+        template_environment()
         .get_template("template.html.j2")
         .render(
             c=content,
-            s=summary,
-            audit=content.audit,
+            s=Optional(summary),
+            audit=Optional(content.audit),
             title=content.title or summary.get("model") or "Vitrail",
             shipped=shipped(summary),
             headline=headline(summary),
@@ -174,7 +174,7 @@ def render(content: ReportContent) -> str:
 def shipped(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entry of the runtime that ships, or an empty one."""
     entries = [entry for entry in summary.get("runtimes") or [] if entry.get("name") == summary.get("winner")]
-    return dict(entries[0]) if entries else {}
+    return Optional(entries[0] if entries else {})
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,8 +185,8 @@ def headline(summary: Mapping[str, Any]) -> dict[str, Any]:
         ("map", "mean average precision", ""),
     ):
         if summary.get(name) is not None:
-            return {"label": label, "value": summary[name], "interval": summary.get(interval)}
-    return {}
+            return Optional(label=label, value=summary[name], interval=summary.get(interval))
+    return Optional()
 
 
 def _findings(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -204,10 +204,18 @@ def _findings(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+class Optional(dict[str, Any]):
+    """Values for a template, where a key that is missing reads as None."""
+
+    def __missing__(self, key: str) -> None:
+        return None
+
+
 # ---- how values are written
 
 
-def _environment() -> Environment:
+def template_environment() -> Environment:
+    """Return the environment of the templates: what goes into HTML is escaped, an unknown name is an error."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: bool(name and "html" in name),
@@ -216,7 +224,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=percent, count=count, size=size, duration=duration, data_uri=data_uri, short=plots.short, md=_markdown
+        percent=percent, count=count, size=size, duration=duration, data_uri=data_uri, short=plots.short
     )
     return environment
 
@@ -263,11 +271,3 @@ def data_uri(image: Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, form, optimize=True, **({} if form == "PNG" else {"quality": 82}))
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _markdown(value: object) -> str:
-    """Return text that Markdown and its HTML take as it is, on one line."""
-    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
-    for sign in "\\`*_[]|#":
-        text = text.replace(sign, f"\\{sign}")
-    return text
