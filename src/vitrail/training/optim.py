@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_info,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import nn
 
 from vitrail.errors import InputError, unknown
@@ -57,15 +63,20 @@ def create_optimizer(groups: list[Group], config: OptimConfig) -> torch.optim.Op
     Raises:
         InputError: no such optimiser, or a setting that it does not take.
     """
-    options: dict[str, Any] = {}
-    if config.betas is not None:
-        options["betas"] = config.betas
-    if config.momentum is not None:
-        options["momentum"] = config.momentum
     names = [str(name) for name in list_optimizers()]
     name = config.name.lower()
     if name.removeprefix("lookahead_") not in names:
         raise unknown("optimiser (optim.name)", config.name, names)
+    info = get_optimizer_info(name.removeprefix("lookahead_"))
+    options: dict[str, Any] = {}
+    for key, value, known in (
+        ("betas", config.betas, info.has_betas),
+        ("momentum", config.momentum, info.has_momentum),
+    ):
+        if value is not None and not known:
+            raise InputError(f"optim.{key} = {value} is given, but the optimiser {config.name} has none; leave it out")
+        if value is not None:
+            options[key] = value
     try:
         return create_optimizer_v2(
             groups, opt=name, lr=resolved(config.lr), weight_decay=config.weight_decay, **options

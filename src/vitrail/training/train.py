@@ -221,6 +221,7 @@ class _Run:
         if progress.stopped is None:
             self.announce()
             self.method.train()
+            self.pace.aside()
             while progress.stopped is None and progress.step < self.plan.total:
                 self.epoch()
             self.validate()
