@@ -339,7 +339,7 @@ class _Contest:
             entry.throughput = 1000 * BATCH / latency
 
     def turns(self, pixels: Pixels, until: float) -> Iterator[tuple[Entry, float]]:
-        """Yield each entry with its median in milliseconds: of three rounds or more, of one if the deadline has passed."""
+        """Yield each entry with its median in milliseconds: of 3 to 30 rounds, of 1 if the deadline has passed."""
         spent: dict[str, list[float]] = {name: [] for name in self.running}
         for contestant in self.running.values():
             contestant(pixels)
