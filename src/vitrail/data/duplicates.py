@@ -73,8 +73,9 @@ def look_at_grey(pixels: np.ndarray) -> list[Look]:
     One by one, tens of thousands of tiny images would spend their time between the calls.
     """
     vertical, horizontal = (_resizing(side) for side in pixels.shape[1:])
-    greys = vertical @ pixels.astype(np.float32) @ horizontal.T  # (B, 32, 32)
-    greys = np.rint(greys).clip(0, 255).astype(np.uint8)
+    # Pillow, too, goes along the rows first, and rounds and clips in between.
+    rows = np.rint(pixels.astype(np.float32) @ horizontal.T).clip(0, 255)  # (B, H, 32)
+    greys = np.rint(vertical @ rows).clip(0, 255).astype(np.uint8)  # (B, 32, 32)
     blank = np.ptp(pixels, axis=(1, 2)) <= BLANK
     lumas = _luma(greys)
     no_colour = b"\x80" * 32

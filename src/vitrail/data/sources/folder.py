@@ -86,7 +86,7 @@ class FolderSource:
     def _record(self, entry: os.DirEntry[str], parts: tuple[str, ...], locator: str) -> Record | None:
         extension = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 - once per file
         link = entry.is_symlink()
-        if link and entry.is_dir():
+        if link and os.path.isdir(entry.path):  # noqa: PTH112 - unlike entry.is_dir, it takes a link to itself
             return Record(printable(locator) + "/", printable(locator), problem="a link to a folder is not followed")
         if extension in UNSUPPORTED_EXTENSIONS:
             problem = f"{extension} files cannot be decoded; convert them to JPEG or PNG"
