@@ -32,7 +32,9 @@ def test_takes_any_size_and_channels(side, channels):
 
 
 def test_options_set_widths_depths_and_stem():
-    model = create_model("small_resnet_nano", num_classes=3, layers=(1, 2, 1, 1), channels=(8, 8, 16, 16), stem_stride=4)
+    model = create_model(
+        "small_resnet_nano", num_classes=3, layers=(1, 2, 1, 1), channels=(8, 8, 16, 16), stem_stride=4
+    )
     assert model.feature_info[-1]["reduction"] == 32
     assert len(model.layer2) == 2
     assert model.num_features == 16
