@@ -124,16 +124,17 @@ def test_learning_rate():
     assert learning_rate(1.0, peak=1, warmup=1, floor=0.5) == pytest.approx(0.5)
 
 
-@given(st.integers(2, 500), st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=5))
-def test_a_plan_that_is_shortened_never_jumps_and_always_ends(total, cuts):
-    plan = Plan.of(total)
-    step = 0
-    for where, length in cuts:
-        before, total = plan, plan.total
-        step += int(where * (total - step))
-        plan = plan.shortened(step, step + max(int(length * (total - step)), 1 if step < total else 0))
-        assert plan.total <= before.total
-        if step < plan.total:
+@given(st.integers(2, 500), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 500)), max_size=5))
+def test_a_plan_that_is_bent_never_jumps_and_always_ends(total, bends):
+    plan, step = Plan.of(total), 0
+    for where, more in bends:
+        before = plan
+        step += int(where * (plan.total - step))
+        if step == before.total:
+            break
+        plan = plan.bent(step, step + more)
+        assert plan.total == step + more
+        if more:
             assert all(plan.progress(n) == pytest.approx(before.progress(n)) for n in range(step + 1))
     values = [plan.progress(n) for n in range(plan.total + 1)]
     assert values == sorted(values)

@@ -369,6 +369,14 @@ def test_a_machine_that_slows_down_still_ends_in_time(tmp_path, clock):
     assert lines(tmp_path, "train")[-1]["lr"] < 0.001
 
 
+def test_a_slow_start_is_made_up_for(tmp_path, clock):
+    trained = Slow(TinyNet(), clock, lambda now: 4.0 if now < 1040 else 1.0)
+    result = run(tmp_path, trained=trained, deadline=1140.0, train__epochs=100)
+    assert 1120 <= clock.now <= 1140
+    assert result.steps >= 85
+    assert lines(tmp_path, "train")[-1]["lr"] == pytest.approx(0.01 * 0.01)
+
+
 def test_enough_time_changes_nothing(tmp_path, clock):
     result = run(tmp_path, trained=Slow(TinyNet(), clock, 1.0), deadline=2000.0, train__epochs=4)
     assert (result.stopped, result.steps) == ("finished", 20)
@@ -399,6 +407,6 @@ def test_a_shortened_plan_survives_an_interruption(tmp_path, clock):
         trained = Stopping(TinyNet(), clock, 1.0)
         run(tmp_path, trained=trained, deadline=1100.0, train__epochs=100, train__checkpoint_seconds=1.0)
     (planned,) = {line["total"] for line in lines(tmp_path, "plan")}
-    result = run(tmp_path, trained=Slow(TinyNet(), clock, 0.01), deadline=9999.0, train__epochs=100)
+    result = run(tmp_path, trained=Slow(TinyNet(), clock, 0.01), train__epochs=100)
     assert result.steps == planned
     assert result.stopped == "budget"

@@ -112,7 +112,7 @@ def learning_rate(progress: float, *, peak: float, warmup: float, floor: float) 
 class Plan:
     """How far training has come after each step: straight lines between (step, progress) points.
 
-    A plan that turns out too long for the deadline is bent, never broken: the learning rate stays continuous and still
+    A plan that does not fit the deadline is bent, never broken: the learning rate stays continuous and still
     falls to its minimum at the last step.
     """
 
@@ -133,7 +133,7 @@ class Plan:
         steps, shares = zip(*self.points)
         return float(np.interp(step, steps, shares))
 
-    def shortened(self, step: int, total: int) -> Plan:
+    def bent(self, step: int, total: int) -> Plan:
         """Return the plan that leaves its present course at ``step`` and ends at ``total``, at least ``step``."""
         past = tuple(point for point in self.points if point[0] < step)
         bend = ((step, self.progress(step)),) if step < total else ()

@@ -53,8 +53,11 @@ class Pace:
         """Return the seconds that ``steps`` more steps will take, validations included."""
         return steps * (self.step() + ((self.validation or 0.0) + self.checkpoint) / self.eval_steps) + self.last()
 
-    def allowed(self, step: int, total: int) -> int:
-        """Return ``total``, or the smaller number of steps after which a run that is at ``step`` has to end."""
+    def allowed(self, step: int, total: int, planned: int) -> int:
+        """Return the number of steps after which a run that is at ``step`` has to end.
+
+        It is ``total``, the present one, unless another fits the deadline clearly better; never more than ``planned``.
+        """
         if self.deadline is None:
             return total
         now = time.monotonic()
@@ -65,5 +68,6 @@ class Pace:
         if len(self.steps) < 5 or now - self.replanned_at < min(5.0, (self.deadline - self.started) / 50):
             return total
         self.replanned_at = now
-        possible = int((total - step) * left / (self.remaining(total - step) - self.last())) if total > step else 0
-        return total if possible >= total - step else step + max(int(0.97 * possible), 1)
+        per_step = (self.remaining(total - step) - self.last()) / (total - step)
+        fitting = min(step + max(int(0.95 * left / per_step), 1), planned)
+        return total if abs(fitting - total) <= 0.04 * (total - step) else fitting

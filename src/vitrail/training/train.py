@@ -132,7 +132,7 @@ def train(
         recipe: with nothing left at ``"auto"`` in its ``[augment]``, ``[optim]`` and ``[train]``.
         folder: gets ``checkpoints/`` and ``metrics.jsonl``.
         deadline: value of ``time.monotonic()`` at which everything is to be over, the final validation and checkpoint
-            included; the plan is shortened to fit.
+            included; the plan is shortened to fit, and the learning rate with it.
         events: called in the main process with dictionaries whose ``"event"`` is ``start``, ``pace``, ``progress``,
             ``validation``, ``checkpoint``, ``replan``, ``warning`` or ``end``.
 
@@ -252,7 +252,7 @@ class _Run:
         )
         for batch in itertools.islice(loader, self.steps_per_epoch - first):
             counts, total = self.agree(len(batch["row"]))
-            if total < self.plan.total:
+            if total != self.plan.total:
                 self.replan(total)
             if progress.step >= total:
                 return
@@ -277,7 +277,7 @@ class _Run:
 
     def agree(self, count: int) -> tuple[list[int], int]:
         """Return the images of each process in this joint batch, and the length of the plan by the main one's clock."""
-        mine = [count, self.pace.allowed(self.progress.step, self.plan.total)]
+        mine = [count, self.pace.allowed(self.progress.step, self.plan.total, self.planned)]
         if self.accelerator.num_processes == 1:
             return mine[:1], mine[1]
         every = [torch.empty(2, dtype=torch.int64) for _ in range(self.accelerator.num_processes)]
@@ -285,7 +285,7 @@ class _Run:
         return [int(pair[0]) for pair in every], int(every[0][1])
 
     def replan(self, total: int) -> None:
-        self.progress.plan = self.plan.shortened(self.progress.step, total).points
+        self.progress.plan = self.plan.bent(self.progress.step, total).points
         self.log("plan", {"step": self.progress.step, "total": total, "seconds": self.seconds()})
         self.tell({"event": "replan", "step": self.progress.step, "total": total})
 
