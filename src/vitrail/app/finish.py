@@ -30,7 +30,7 @@ from vitrail.evaluate.metrics import evaluate
 from vitrail.models.pretrained import Weights
 from vitrail.report.model_card import write_model_card
 from vitrail.report.report import write_report
-from vitrail.runs import RunFolder, write_json
+from vitrail.runs import RunFolder, read_json, write_json
 from vitrail.training.recipe import Recipe
 from vitrail.training.train import TrainResult
 from vitrail.training.validate import validate
@@ -102,7 +102,7 @@ class _Finish:
         self.clock(summary)
         # The last file: a run with a summary is finished.
         write_json(self.run.summary, summary)
-        return summary
+        return read_json(self.run.summary)
 
     # ---- figures
 
