@@ -27,7 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -346,33 +346,34 @@ def _open(path: Path, identity: str) -> sqlite3.Connection:
     """Open the file, begun anew if it is damaged or of other data."""
     note = "new"
     if path.exists() and path.stat().st_size:
-        database = _connect(path)
+        database = sqlite3.connect(path, timeout=60)
         try:
-            sound = database.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
-            if sound and _meta(database, "identity") == identity:
-                return database
-            note = "begun anew: it was of other data or settings" if sound else "begun anew: it was damaged"
-        except sqlite3.OperationalError as error:
-            if "lock" in str(error) or "readonly" in str(error):
+            _set_up(database)
+            if database.execute("PRAGMA quick_check(1)").fetchone() == ("ok",):
+                if _meta(database, "identity") == identity:
+                    return database
+                note = "begun anew: it was of other data or settings"
+            else:
+                note = "begun anew: it was damaged"
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorname in ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_READONLY", "SQLITE_CANTOPEN"):
+                database.close()
                 raise
-            note = "begun anew: it was damaged"
-        except sqlite3.DatabaseError:
             note = "begun anew: it was damaged"
         database.close()
     for name in (path.name, f"{path.name}-journal"):
         (path.parent / name).unlink(missing_ok=True)
-    database = _connect(path)
+    database = sqlite3.connect(path, timeout=60)
+    _set_up(database)
     database.executescript(SCHEMA)
     _set_meta(database, identity=identity, cache=note)
     return database
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, timeout=60)
+def _set_up(database: sqlite3.Connection) -> None:
     # Every commit leaves a consistent file behind, whenever the process is killed.
     database.execute("PRAGMA synchronous = NORMAL")
     database.execute(FAST)
-    return database
 
 
 def _meta(database: sqlite3.Connection, name: str) -> str | None:
@@ -526,7 +527,7 @@ def _measure(source: Source, tasks: list[_Task], config: DataConfig, lock: threa
             digest, size = _sha256(blob), len(blob) if isinstance(blob, bytes) else blob.nbytes
             if digest == task.sha256:
                 rows.append((task.stamp, task.locator))
-            elif isinstance(blob, np.ndarray) and blob.ndim == 2 and 0 < blob.size <= min(config.max_pixels, SMALL):
+            elif _is_grey(blob) and 0 < blob.size <= min(config.max_pixels, SMALL):
                 greys[blob.shape].append((task, digest, blob))
             else:
                 what, look = _look(blob, config, lock)
@@ -543,6 +544,10 @@ def _measure(source: Source, tasks: list[_Task], config: DataConfig, lock: threa
         for (task, digest, size, what), look, value in zip(seen, looks, hashes.view(np.int64).tolist(), strict=True):
             rows.append((task.locator, task.stamp, digest, size, *what, value, look.signature, look.blank, None))
     return rows
+
+
+def _is_grey(blob: bytes | np.ndarray) -> TypeGuard[np.ndarray]:
+    return isinstance(blob, np.ndarray) and blob.ndim == 2 and blob.dtype == np.uint8
 
 
 def _sha256(blob: bytes | np.ndarray) -> bytes:
