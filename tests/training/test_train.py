@@ -63,6 +63,7 @@ def test_the_loop_equals_a_plain_one(tmp_path):
     optimizer = torch.optim.AdamW([{"params": rest, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.3}])
     views = build_views({"image": "train"}, PREPROCESS, config.augment, config.data)
     step, total, warm = 0, 15, 0.05
+    losses = []
     for epoch in range(3):
         for batch in make_loader(INDEX, INDEX.rows("train"), views, batch_size=16, epoch=epoch, shuffle=True):
             step += 1
@@ -72,12 +73,15 @@ def test_the_loop_equals_a_plain_one(tmp_path):
             for group in optimizer.param_groups:
                 group["lr"] = rate
             pixels = torch.from_numpy(PREPROCESS.normalise(batch["image"].permute(0, 2, 3, 1).numpy()))
-            plain.loss({"image": pixels, "target": batch["target"]})["loss"].backward()
+            loss = plain.loss({"image": pixels, "target": batch["target"]})["loss"]
+            losses.append(loss.item())
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
             optimizer.step()
             optimizer.zero_grad()
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(trained.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    np.testing.assert_allclose([line["loss"] for line in lines(tmp_path, "train")], losses, rtol=1e-4)
 
 
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path):
