@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """A synthetic run for the report's tests: every section filled, with names that need escaping."""
 
 from __future__ import annotations
@@ -102,14 +101,36 @@ def content(classes: int = 10, images: int = 477, multilabel: bool = False) -> R
         runtime("compiled-bf16", "skipped", None, None, None, "building takes 90 s, 20 s are left"),
     ]
     summary = {
-        "vitrail": "0.1.0", "model": "tf_efficientnet_lite0", "pretrained": "EfficientNet-Lite0, ImageNet-1K, from the package", "method": "supervised",
-        "evaluated_on": "val", "n_eval": figures["n"], "n_train": 4293, "n_val": 477, "n_test": 0, "n_classes": classes, "classes": names, **figures,
-        "ece_calibrated": calibration["ece_calibrated"], "params": 3_400_000, "flops": 770_000_000, "epochs": 11.5, "seconds": 352.0,
+        "vitrail": "0.1.0",
+        "model": "tf_efficientnet_lite0",
+        "pretrained": "EfficientNet-Lite0, ImageNet-1K, from the package",
+        "method": "supervised",
+        "evaluated_on": "val",
+        "n_eval": figures["n"],
+        "n_train": 4293,
+        "n_val": 477,
+        "n_test": 0,
+        "n_classes": classes,
+        "classes": names,
+        **figures,
+        "ece_calibrated": calibration["ece_calibrated"],
+        "params": 3_400_000,
+        "flops": 770_000_000,
+        "epochs": 11.5,
+        "seconds": 352.0,
         "seconds_per_stage": {"audit": 21.0, "train": 240.0, "deploy": 44.0, "report": 4.0},
-        "onnx": {"max_abs_diff": 2.1e-6, "latency_ms": 6.2}, "int8": {"accepted": False, "reason": "top-1 drops by 6.1 points"},
-        "runtimes": runtimes, "runtime_images": 477, "winner": "openvino", "ships": "openvino, 3.40 ms per image", "target_ms": None, "meets_target": None,
-        "corruption": corruption, "warnings": ["only 3 images of class 'owl'", EVIL], "environment": {"python": "3.11", "gpus": [], "packages": {"torch": "2.9"}},
-    }  # fmt: skip
+        "onnx": {"max_abs_diff": 2.1e-6, "latency_ms": 6.2},
+        "int8": {"accepted": False, "reason": "top-1 drops by 6.1 points"},
+        "runtimes": runtimes,
+        "runtime_images": 477,
+        "winner": "openvino",
+        "ships": "openvino, 3.40 ms per image",
+        "target_ms": None,
+        "meets_target": None,
+        "corruption": corruption,
+        "warnings": ["only 3 images of class 'owl'", EVIL],
+        "environment": {"python": "3.11", "gpus": [], "packages": {"torch": "2.9"}},
+    }
     examples = [
         Example(picture(i), names[i % classes], names[(i + 1) % classes], 0.99 - i / 100, f"folder/{i}.png")
         for i in range(30)

@@ -65,13 +65,14 @@ def grad_cam(model: nn.Module, pixels: Tensor, target: int | None = None) -> np.
             module.training = mode
     best: tuple[Tensor, Tensor] | None = None
     for layer, slope in zip(reversed(layers), reversed(slopes)):
-        if slope is None:
+        activation, change = (
+            _grid(model, layer.detach()),
+            _grid(model, torch.zeros_like(layer) if slope is None else slope),
+        )
+        if activation is None or change is None:
             continue
-        grids = _grid(model, layer.detach()), _grid(model, slope)
-        if grids[0] is None or grids[1] is None or not grids[1].any():
-            continue
-        if best is None or best[0].shape[-1] < _MIN_GRID or best[0].shape[-2] < _MIN_GRID:
-            best = grids[0], grids[1]
+        if best is None or not best[1].any() or (min(best[0].shape[2:]) < _MIN_GRID and change.any()):
+            best = activation, change
     if best is None:
         raise InputError(
             f"Grad-CAM cannot explain {type(model).__name__} at {pixels.shape[2]} x {pixels.shape[3]} pixels: "

@@ -39,7 +39,7 @@ def render_model_card(content: ReportContent) -> str:
         classes=list(summary.get("classes") or []),
         most=_MAX_CLASSES,
         figures=[
-            (name, kind, summary[key])
+            (name, kind, summary[key], key)
             for key, name, kind in (
                 ("top1", "top-1 accuracy", "accuracy"),
                 ("top5", "top-5 accuracy", "accuracy"),

@@ -185,7 +185,7 @@ def headline(summary: Mapping[str, Any]) -> dict[str, Any]:
         ("map", "mean average precision", ""),
     ):
         if summary.get(name) is not None:
-            return Optional(label=label, value=summary[name], interval=summary.get(interval))
+            return Optional(name=name, label=label, value=summary[name], interval=summary.get(interval))
     return Optional()
 
 
