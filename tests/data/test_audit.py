@@ -355,7 +355,7 @@ def test_clip_art(clipart, tmp_path):
     root.mkdir()
     for name in ("food", "tools"):
         shutil.copytree(clipart / name, root / name, symlinks=True)
-    found = run(root, tmp_path / "a.sqlite", max_pixels=4_000_000)
+    found = run(root, tmp_path / "a.sqlite", max_pixels=1_000_000)
     summary = found.summary()
     assert any("salami" in key and "max_pixels" in reason for key, reason in found.unreadable())
     assert any("leads out" in reason or "nowhere" in reason for _, reason in found.left_out())

@@ -564,7 +564,7 @@ def test_memory_does_not_grow(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(folder_module, "LISTING", 100)
     blob = b"no image, which a listing does not look at"
     peaks = []
-    for n in (500, 5000):
+    for n in (300, 3000):
         root = tmp_path / str(n)
         root.mkdir()
         if kind == "folder":

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vitrail.training.recipe import DataConfig
 
 VERSION = 1
-BATCH = 16_384
+BATCH = 4_096
 """Rows of each part of the file."""
 SCHEMA = pa.schema(
     [
@@ -266,8 +266,12 @@ class _Columns:
         """Return the classes with fewer distinct images to train on, and how many; clear ``keep`` of their images."""
         owner = np.repeat(np.arange(len(keep)), np.diff(self._starts))
         trained = keep[owner] & (self.given[owner] <= TRAIN)
-        distinct = np.unique(np.stack([self._labels[trained].astype(np.int64), self.exact[owner[trained]]]), axis=1)
-        counts = np.bincount(distinct[0], minlength=len(self.numbers))
+        labels, exact = self._labels[trained], self.exact[owner[trained]]
+        order = np.lexsort((exact, labels))
+        labels, exact = labels[order], exact[order]
+        is_new = np.ones(len(labels), bool)
+        is_new[1:] = (labels[1:] != labels[:-1]) | (exact[1:] != exact[:-1])
+        counts = np.bincount(labels[is_new], minlength=len(self.numbers))
         small = {name: int(counts[number]) for name, number in sorted(self.numbers.items()) if counts[number] < least}
         self._kept = ~np.isin(self._labels, [self.numbers[name] for name in small])
         # An image goes with its last label; one that never had any stays, where several labels are allowed.
@@ -335,7 +339,7 @@ def _check_given(audit: Audit) -> None:
 def _too_few(source: Source, classes: list[str], small: dict[str, int], config: DataConfig) -> str:
     left = f"only the class {classes[0]!r}" if classes else "no class"
     dropped = (
-        f" ({len(small)} classes have fewer than data.min_per_class = {config.min_per_class} images)" if small else ""
+        f" ({len(small)} left out with fewer images than data.min_per_class = {config.min_per_class})" if small else ""
     )
     return (
         f"{left} of {source.uri} can be trained on{dropped}, and training needs two: add images, or see what "

