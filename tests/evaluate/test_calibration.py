@@ -56,6 +56,10 @@ def test_empty_bins_have_no_mean():
     assert len(diagram["edges"]) == 16
 
 
+def test_bins_hold_their_upper_edge():
+    assert reliability(np.zeros((1, 2)), np.array([0]), bins=2)["count"] == [1, 0]  # a confidence of exactly a half
+
+
 @pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
 def test_temperature_is_found(scale):
     assert fit_temperature(*drawn(6000, 8, scale)) == pytest.approx(scale, rel=0.07)

@@ -29,8 +29,8 @@ def test_nothing_to_draw_is_no_plot():
 
 
 def test_confusion_shows_counts_and_names(some):
-    svg = plots.confusion_plot([[0, 0, 41], [0, 1, 7], [1, 1, 53]], ["<b>", "a" * 60])
-    assert {"41", "7", "53", "<b>"} <= set(texts(svg))
+    svg = plots.confusion_plot([[0, 0, 41], [0, 1, 7], [1, 1, 53], [2, 2, 9]], ["<b>", "a" * 60, "$x_1$"])
+    assert {"41", "7", "53", "<b>", "$x_1$"} <= set(texts(svg))
     assert not any(len(text or "") > 20 for text in texts(svg))
 
 
