@@ -1,5 +1,6 @@
 """``vitrail audit`` prints what it found, writes it, and looks twice at nothing."""
 
+import io
 import json
 import shutil
 
@@ -24,7 +25,7 @@ def tree(shapes, tmp_path):
 
 
 def printed(summary) -> str:
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=160, record=True, file=io.StringIO())
     app.print_audit(summary, console)
     return console.export_text()
 

