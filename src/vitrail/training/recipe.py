@@ -33,7 +33,7 @@ class DataConfig(Section):
     path: str | None = None
     """Folder, manifest (CSV or Parquet), IDX folder, ``hf://name``, shard pattern; ``None`` is the embedded digits."""
     level: Positive | None = None
-    """Folder depth that names the class (``a/b/x.png`` at level 2 is class ``a/b``); ``None``: the parent folder."""
+    """Folders, at most, that name the class: with 2 ``a/b/c/x.png`` is of class ``a/b``; ``None``: all of them."""
     path_column: str = "path"
     label_column: str = "label"
     group_column: str | None = None

@@ -34,7 +34,7 @@ class FolderSource:
 
     Args:
         root: the folder.
-        level: how many leading folders name the class; None for all of them.
+        level: how many leading folders, at most, name the class; None for all of them.
     """
 
     kind = "folder"
@@ -105,9 +105,6 @@ class FolderSource:
             parts = parts[1:]
         if not parts:
             return Record(locator, locator, split=split, problem="lies in no class folder")
-        if self.level is not None and len(parts) < self.level:
-            problem = f"lies {len(parts)} folders deep, and data.level = {self.level} folders name the class"
-            return Record(locator, locator, split=split, problem=problem)
         return Record(locator, locator, (clean_label("/".join(parts[: self.level])),), split=split)
 
     def _link_problem(self, path: str) -> str | None:
