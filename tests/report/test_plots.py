@@ -20,6 +20,7 @@ def texts(svg):
 def test_nothing_to_draw_is_no_plot():
     assert plots.curve([], "loss") == ""
     assert plots.curve([{"kind": "val", "epoch": 1, "loss": None}], "loss") == ""
+    assert plots.curve([{"kind": "val", "epoch": 0.0, "loss": 2.0}], "loss") == ""  # a point is no curve
     assert plots.reliability_plot({"count": [0], "edges": [0, 1], "confidence": [None], "accuracy": [None]}, "x") == ""
     assert plots.confusion_plot([], ["a"]) == ""
     assert plots.corruption_plot({}) == ""

@@ -120,7 +120,7 @@ def curve(history: Sequence[Mapping[str, Any]], quantity: str) -> tuple[str, Fig
             for line in history
             if line.get("kind") == kind and isinstance(line.get(quantity), int | float) and "epoch" in line
         ]
-        if points:
+        if len(points) > 1:
             x, y = zip(*points)
             axes.plot(x, y, color=colour, label=label, marker="o" if len(points) < 30 and kind == "val" else None, ms=3)
             drawn += 1
