@@ -48,8 +48,9 @@ Embed = Callable[[list[Image.Image]], np.ndarray]
 Twice = Literal["exact", "near"]
 
 VERSION = "1"
-EMBEDDING_SIMILARITY = 0.97
-"""Least cosine between the embeddings of near duplicates."""
+EMBEDDING_SIMILARITY = 0.95
+"""Least cosine between the embeddings of near duplicates. Measured with EfficientNet-Lite0: photos cropped by 3 % reach
+0.953 and more, different photos 0.38 at most; of 79,800 pairs of different clip art 9 lie above."""
 EXAMPLES = 20
 """Entries at most in each list of a summary; the full lists are streamed by the methods of ``Audit``."""
 CHUNK = 64
