@@ -1,6 +1,7 @@
 import re
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 from report_content import content
@@ -67,6 +68,13 @@ def test_many_classes_are_a_curve():
     many = plots.class_counts_plot({f"name {i}": i for i in range(1, 500)})
     assert texts(few).index("name 5") < texts(few).index("name 1")
     assert "name 5" not in texts(many)
+
+
+def test_a_users_matplotlib_style_changes_nothing():
+    plain = plots.class_counts_plot({"a": 3, "b": 4})
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
+        assert plots.class_counts_plot({"a": 3, "b": 4}) == plain
+        assert matplotlib.rcParams["font.size"] == 30
 
 
 def test_the_same_data_give_the_same_bytes(some):
