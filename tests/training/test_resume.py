@@ -158,7 +158,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole, damage):
 def spoil(path, damage):
     content = bytearray(path.read_bytes())
     if damage == "flip":
-        content[len(content) // 2] ^= 16
+        # So many that some are content: between small tensors lie headers and padding, whose bits mean nothing.
+        middle = len(content) // 2
+        content[middle : middle + 1000] = bytes(value ^ 16 for value in content[middle : middle + 1000])
     path.write_bytes({"flip": bytes(content), "truncate": bytes(content[:-700]), "empty": b""}[damage])
 
 

@@ -298,7 +298,7 @@ class _Run:
         """
         accelerator, step = self.accelerator, self.progress.step
         done = self.plan.progress(step + 1)
-        torch.manual_seed(_seed(self.config.seed, step, accelerator.process_index))
+        _seed(accelerator.device, self.config.seed, step, accelerator.process_index)
         self.method.schedule(done)
         terms: dict[str, Tensor] = {}
         parts = min(self.config.accumulate, min(counts))
@@ -307,7 +307,9 @@ class _Run:
             with accelerator.no_sync(self.wrapped) if number < parts else contextlib.nullcontext():
                 output = self.wrapped(part)
                 # The gradients of the processes are averaged, hence their number.
-                accelerator.backward(output["loss"] * (share * len(counts)))
+                loss = output["loss"] * (share * len(counts))
+                # As accelerator.backward does, without its search for packages at every call.
+                (loss if accelerator.scaler is None else accelerator.scaler.scale(loss)).backward()
             for name, value in output.items():
                 terms[name] = terms.get(name, 0) + value.detach().float() * share
         accelerator.unscale_gradients()
@@ -316,7 +318,8 @@ class _Run:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.optim.clip_grad, norm)
         set_learning_rate(self.optimizer, self.learning_rate(done))
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         self.method.after_step()
         if self.ema is not None:
             self.ema.update(self.method.model, step=step + 1)
@@ -592,8 +595,12 @@ def _split(inputs: dict[str, Any], parts: int) -> Iterator[dict[str, Any]]:
         yield {name: piece[number] for name, piece in pieces.items()}
 
 
-def _seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+def _seed(device: torch.device, *numbers: int) -> None:
+    """Seed what a step on ``device`` may draw from; torch.manual_seed visits every kind of device there could be."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 def _identity(recipe: Recipe, preprocess: Preprocess, index: Index, rows: np.ndarray) -> dict[str, str]:
