@@ -28,7 +28,8 @@ def resolved(value: T | Literal["auto"]) -> T:
 def require_resolved(recipe: Recipe) -> None:
     """Raise an ``InputError`` that names what training needs and the recipe leaves open."""
     sections = ("augment.", "optim.", "train.")
-    keys = [key for key in recipe.unresolved() if key.startswith(sections) and key != "train.head_start"]
+    before = {"train.head_start", "train.freeze"}  # the caller's, done when training begins
+    keys = [key for key in recipe.unresolved() if key.startswith(sections) and key not in before]
     if keys:
         raise InputError(f"the recipe leaves {', '.join(keys)} at 'auto'; give values, or use `vitrail fit`")
 
