@@ -60,6 +60,7 @@ def recommend(
             "augment.flip": 0.5,
             "optim.lr": 3e-4,
             "train.batch_size": 32,
+            "train.freeze": 0.5 if pressed else 0.0,
             "train.head_start": round(HEAD_START_SHARE * train_seconds, 1),
             "train.ema": 0.0,
         }
@@ -74,6 +75,7 @@ def recommend(
         "augment.flip": 0.0 if tiny else 0.5,
         "optim.lr": 3e-3,
         "train.batch_size": 64 if tiny or n_train < 10_000 else 128,
+        "train.freeze": 0.0,
         "train.head_start": 0.0,
         "train.ema": 0.0,
     }

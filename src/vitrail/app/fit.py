@@ -28,6 +28,7 @@ from vitrail.runs import RunFolder, atomic_path, read_json, write_json, write_te
 from vitrail.training.cpu import apply_switches, keep_memory
 from vitrail.training.device import resolved
 from vitrail.training.features import warm_start_head
+from vitrail.training.freeze import freeze, thaw
 from vitrail.training.recipe import Recipe, apply_overrides
 from vitrail.training.train import TrainResult, train
 
@@ -161,7 +162,7 @@ class _Fit:
     ) -> None:
         self.run, self.asked, self.source, self.clock, self.state = run, asked, source, clock, state
         self._tell = tell
-        self.switches = run.cache / "cpu.json"
+        self.plan = run.cache / "plan.json"
         self.warnings: list[str] = []
 
     def tell(self, event: Event) -> None:
@@ -192,8 +193,10 @@ class _Fit:
         preprocess = preprocess_of(model, recipe)
         method = build_method(recipe, model, index)
         self.head_start(model, index, preprocess, recipe)
+        freeze(model, resolved(recipe.train.freeze))
         with self.stage("train"):
             trained = self.train(method, index, preprocess, recipe)
+        thaw(trained.model)
         if not self.state.is_main_process:
             return {}
         return finish(self.run, index, found, recipe, preprocess, weights, trained, self)
@@ -219,15 +222,19 @@ class _Fit:
     def choose(self, index: Index, found: Audit) -> Recipe:
         if not self.run.recipe.exists() and self.state.is_main_process:
             side = int(found.summary()["sizes"]["shorter_side"]["median"])
-            recipe, switches = resolve(self.asked, index, side, self.train_deadline(), self.message)
-            write_json(self.switches, switches)
-            write_text(self.run.recipe, recipe.to_toml())
+            plan = resolve(self.asked, index, side, self.train_deadline(), self.message)
+            write_json(self.plan, {"switches": plan.switches, "evaluation": plan.evaluation})
+            write_text(self.run.recipe, plan.recipe.to_toml())
         self.state.wait_for_everyone()
         return Recipe.load(self.run.recipe)
 
     def train_deadline(self) -> float | None:
+        """Return when training has to end, so that what follows has its time."""
         deadline = self.clock.deadline
-        return None if deadline is None else deadline - reserve_seconds(self.clock.seconds or 0.0)
+        if deadline is None:
+            return None
+        evaluation = read_json(self.plan)["evaluation"] if self.plan.exists() else 0.0
+        return deadline - reserve_seconds(self.clock.seconds or 0.0) - evaluation
 
     def model(self, index: Index, recipe: Recipe) -> tuple[nn.Module, Weights]:
         torch.manual_seed(recipe.train.seed)
@@ -272,9 +279,9 @@ class _Fit:
 
     def train(self, method: Method, index: Index, preprocess: Preprocess, recipe: Recipe) -> TrainResult:
         # A restart takes the forms of operators that the first start measured, so that it computes the same.
-        if self.switches.exists() and not torch.cuda.is_available():
+        if self.plan.exists() and not torch.cuda.is_available():
             keep_memory()
-            apply_switches(method.model, read_json(self.switches))
+            apply_switches(method.model, read_json(self.plan)["switches"])
         return train(method, index, preprocess, recipe, self.run, deadline=self.train_deadline(), events=self.tell)
 
 

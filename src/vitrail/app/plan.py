@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +27,39 @@ from vitrail.models.factory import create_model
 from vitrail.models.pretrained import packaged_weights
 from vitrail.training.cpu import Switches, tune_for_cpu
 from vitrail.training.device import resolved
+from vitrail.training.freeze import freeze
 from vitrail.training.probe import largest_batch, measure_step
 from vitrail.training.recipe import Recipe
 
 MARGIN = 0.9
 """Share of the measured speed that is counted on; the loop shortens the plan when even that is too much."""
 LEAST_EPOCHS, MOST_EPOCHS = 0.01, 200.0
-PROBE_SHARE = 0.05
-"""Of the time for training, for the choice of forms of operators."""
+PROBE_SHARE = 0.04
+"""Of the time for training, for the choice of forms of operators, and for timing whole steps."""
+HEAD_START_VIEWS = 2
+"""Each image, and its mirror image."""
 SMALLEST, STEP = 32, 16
 """Image sides in pixels: the least that is tried to meet a latency, and the grain."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A resolved recipe, and what goes with it on this machine."""
+
+    recipe: Recipe
+    switches: Switches
+    """Forms of operators to train with on a CPU."""
+    evaluation: float
+    """Seconds that the held-out images will take after training."""
+
+
 def reserve_seconds(budget: float) -> float:
-    """Return the seconds of a run's budget that are kept for evaluation, export, timing and the report."""
+    """Return the seconds of a run's budget that are kept for export, timing and the report."""
     return min(25.0 + 0.12 * budget, 0.4 * budget)
 
 
-def resolve(
-    asked: Recipe, index: Index, median_side: int, deadline: float | None, say: Callable[[str], None]
-) -> tuple[Recipe, Switches]:
-    """Return a copy of ``asked`` with nothing left at ``"auto"``, and the forms of operators to train with on a CPU.
+def resolve(asked: Recipe, index: Index, median_side: int, deadline: float | None, say: Callable[[str], None]) -> Plan:
+    """Return a copy of ``asked`` with nothing left at ``"auto"``, and what was measured on the way.
 
     Args:
         asked: the recipe as given.
@@ -74,10 +87,10 @@ def resolve(
     )
     if recipe.deploy.target_ms is not None and asked.model.img_size == "auto":
         _meet_latency(recipe, len(index.classes), say)
-    switches = _probe(recipe, index, deadline, say)
+    plan = _probe(recipe, index, deadline, say)
     if recipe.unresolved():
         raise InputError(f"the recipe leaves {', '.join(recipe.unresolved())} at 'auto': give them values with --set")
-    return recipe, switches
+    return plan
 
 
 def fill(recipe: Recipe, values: dict[str, Any]) -> None:
@@ -90,10 +103,12 @@ def fill(recipe: Recipe, values: dict[str, Any]) -> None:
         setattr(place, name, values[key])
 
 
-def _probe(recipe: Recipe, index: Index, deadline: float | None, say: Callable[[str], None]) -> Switches:
+def _probe(recipe: Recipe, index: Index, deadline: float | None, say: Callable[[str], None]) -> Plan:
     """Measure steps and loading; set batch size and epochs so that training ends before the deadline."""
     model = build_model(recipe.model, len(index.classes))
     preprocess = preprocess_of(model, recipe)
+    frozen = resolved(recipe.train.freeze)
+    freeze(model, frozen)
     method = build_method(recipe, model, index)
     rows = index.rows("train")
     left = math.inf if deadline is None else deadline - time.monotonic()
@@ -107,6 +122,7 @@ def _probe(recipe: Recipe, index: Index, deadline: float | None, say: Callable[[
     batch_size = resolved(recipe.train.batch_size)
     trial.train.batch_size = batch_size
     switches: Switches = {}
+    step = math.inf
     if not torch.cuda.is_available():
         report = tune_for_cpu(
             model,
@@ -116,21 +132,27 @@ def _probe(recipe: Recipe, index: Index, deadline: float | None, say: Callable[[
             channels_last=recipe.train.channels_last is True,
             seconds=min(20.0, PROBE_SHARE * left),
         )
-        switches = report.switches
+        switches, step = report.switches, 1 / report.images_per_second
         for line in report.lines():
             say(line)
-    if recipe.train.epochs == "auto":
+    # Four whole batches, unless the tuning's few images have to do.
+    if not 4 * batch_size * step > PROBE_SHARE * left or step == math.inf:
         step = measure_step(method, trial, preprocess, batch_size).seconds_per_image
-        load = _loading_seconds(trial, index, preprocess, method.views)
-        say(f"a training step takes {1e3 * step:.2f} ms per image, loading {1e3 * load:.2f} ms")
-        assert deadline is not None  # checked by the caller
-        # A forward pass is about a third of a step.
-        validation = len(index.rows("val")) * (step / 3 + load) / recipe.train.eval_every
-        # What follows first is the head start, which takes its own seconds.
-        seconds = MARGIN * (deadline - time.monotonic()) - resolved(recipe.train.head_start)
+    load = _loading_seconds(trial, index, preprocess, method.views)
+    say(f"a training step takes {1e3 * step:.2f} ms per image, loading {1e3 * load:.2f} ms")
+    # A forward pass is a third of a step, or more of one that goes back through some layers alone.
+    forward = step / (2 if frozen else 3) + load
+    evaluation = forward * (2 * len(index.rows("val")) + len(index.rows("test")))
+    if recipe.train.epochs == "auto":
+        seconds = MARGIN * (left - evaluation)
+        head_start = min(resolved(recipe.train.head_start), 10 + 1.2 * HEAD_START_VIEWS * forward * len(rows))
+        if recipe.train.head_start:
+            recipe.train.head_start = round(head_start, 1)
+            seconds -= head_start
+        validation = len(index.rows("val")) * forward / recipe.train.eval_every
         epochs = seconds / (len(rows) * (step + load) + validation)
         recipe.train.epochs = round(min(max(epochs, LEAST_EPOCHS), MOST_EPOCHS), 3)
-    return switches
+    return Plan(recipe, switches, evaluation)
 
 
 def _loading_seconds(recipe: Recipe, index: Index, preprocess: Preprocess, views: Any) -> float:

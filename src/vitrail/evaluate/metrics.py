@@ -6,12 +6,12 @@ average precision are None, and means over classes leave it out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy import sparse
-from scipy.stats import binomtest
 
 from vitrail.errors import InputError
 from vitrail.evaluate.calibration import gaps, reliability
@@ -119,10 +119,13 @@ def evaluate(
     }
 
 
-def wilson(right: int, n: int, confidence: float = 0.95) -> list[float]:
-    """Return Wilson's interval [low, high] of a proportion; sound for few images and for shares near 0 or 1."""
-    interval = binomtest(right, n).proportion_ci(confidence, method="wilson")
-    return [float(interval.low), float(interval.high)]
+def wilson(right: int, n: int) -> list[float]:
+    """Return Wilson's 95 % interval [low, high] of a proportion; sound for few images and for shares near 0 or 1."""
+    # Written out: importing scipy.stats for it takes a second of every run.
+    z = 1.959963984540054
+    centre, spread = right / n + z * z / (2 * n), z * math.sqrt(right * (n - right) / n**3 + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return [max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)]
 
 
 def most_confused(confusion: Sequence[Sequence[int]], classes: Sequence[str], k: int = 10) -> list[dict[str, Any]]:

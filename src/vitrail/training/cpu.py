@@ -167,8 +167,8 @@ def tune_for_cpu(
         return report
     report.memory_kept = keep_memory()
     end = time.perf_counter() + seconds
-    # About a million pixels show the ranking of the forms; the whole batch would take minutes at large sizes.
-    batch_size = max(2, min(batch_size, 2**20 // (image_shape[1] * image_shape[2]) or 2))
+    # Half a million pixels show the ranking of the forms; the whole batch would take minutes at large sizes.
+    batch_size = max(2, min(batch_size, 2**19 // (image_shape[1] * image_shape[2]) or 2))
     with torch.random.fork_rng(devices=[]):
         twin = copy.deepcopy(model).train()
         images = torch.randn(batch_size, *image_shape)
@@ -267,9 +267,9 @@ def _step(model: nn.Module, images: Tensor, precision: str) -> float:
 
 
 def _compare(model: nn.Module, images: Tensor, precision: str, chosen: Switches) -> tuple[float, float]:
-    """Return the seconds of a plain and a tuned step, taken in turn; the least of three tells most under load."""
+    """Return the seconds of a plain and a tuned step, taken in turn; the least of two tells most under load."""
     plain, tuned = [], []
-    for _ in range(4):
+    for _ in range(3):
         plain.append(_step(model, images, precision))
         handles = apply_switches(model, chosen)
         tuned.append(_step(model, images, precision))

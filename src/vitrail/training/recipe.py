@@ -140,6 +140,8 @@ class TrainConfig(Section):
     """Final learning rate of the cosine, as a share of the peak."""
     head_start: Annotated[float, Field(ge=0.0)] | Auto = "auto"
     """Seconds at most for training the head alone on cached features of a pretrained backbone; 0 is off."""
+    freeze: Fraction | Auto = "auto"
+    """Share of the layers, from the input, that keep their weights; above 0 all batch-norm statistics stay, too."""
     precision: Literal["fp32", "bf16", "fp16"] | Auto = "auto"
     channels_last: bool | Auto = "auto"
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] | Auto = "auto"

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from sklearn.metrics import average_precision_score
 from torch import nn
 
 from vitrail.data.cache import PixelCache
@@ -90,6 +89,8 @@ def figures(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     loss = supervised_loss(torch.from_numpy(logits), torch.from_numpy(targets), multilabel=multilabel).item()
     if not multilabel:
         return {"loss": loss, "top1": float((logits.argmax(1) == targets).mean())}
+    from sklearn.metrics import average_precision_score  # takes a second to import, and few runs need it
+
     present = targets.any(0)
     score = average_precision_score(targets[:, present], logits[:, present]) if present.any() else 0.0
     return {"loss": loss, "map": float(score)}
