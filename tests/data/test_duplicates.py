@@ -136,11 +136,16 @@ def test_same_picture_against_the_formula():
 def test_sketches_rule_out_no_pair():
     """What the signatures confirm, the sketches let through: the bound holds over random pairs near the threshold."""
     rng = np.random.default_rng(1)
-    base = rng.integers(0, 256, (500, 288)).astype(np.uint8)
-    base[:, 256:] = 128
-    other = base.astype(np.int64) + np.rint(rng.standard_normal(base.shape) * rng.uniform(1, 8, (500, 1))).astype(int)
-    other = np.clip(other, 0, 255).astype(np.uint8)
-    other[:, 256:] = 128
+    wave = np.cos(np.pi * (2 * np.arange(16) + 1) * np.arange(4)[:, None] / 32)  # where the sketches look
+
+    def smooth(size: np.ndarray) -> np.ndarray:
+        values = np.einsum("nuv,ui,vj->nij", rng.standard_normal((500, 4, 4)), wave, wave).reshape(500, 256)
+        return size * values / values.std(1, keepdims=True)
+
+    base = np.full((1000, 288), 128.0)
+    base[:500, :256] += smooth(np.full((500, 1), 35.0))
+    base[500:, :256] = base[:500, :256] + smooth(rng.uniform(0.5, 6, (500, 1)))
+    base, other = np.split(np.rint(base).clip(0, 255).astype(np.uint8), 2)
     signatures = np.concatenate([base, other])
     parent = np.arange(1000)
     duplicates.near_duplicates(

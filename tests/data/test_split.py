@@ -58,6 +58,8 @@ def test_invariants(case):
     assert (splits[fixed] == given_splits[fixed]).all()
     for group in np.unique(groups):  # among images whose split is drawn, no group straddles
         assert len(set(splits[(groups == group) & ~fixed].tolist())) <= 1
+    if not has_given:  # every class is trained on
+        assert set(np.array(labels)[splits == TRAIN]) == set(labels)
     if (given_splits == VAL).any():
         assert not (splits[~fixed] == VAL).any()
     if (given_splits == TEST).any() or test == 0:
@@ -152,6 +154,13 @@ def test_several_labels_are_shared_out():
     assert (abs(share - 0.2) < np.maximum(0.03, 2 / hot.sum(0))).all()
     unlabelled = ~hot.any(1)
     assert abs((splits[unlabelled] == VAL).mean() - 0.2) < 0.02
+
+
+def test_no_class_is_emptied_by_its_neighbours():
+    """Class 2 is only in images that the rarer classes 0 and 1 would like to hold out."""
+    hot = np.array([[1, 0, 1], [1, 0, 0], [0, 1, 1], [0, 1, 0]])
+    splits = assign(csr_array(hot), val=0.5, order=np.array([0, 9, 1, 8]))
+    assert splits.tolist() == [VAL, TRAIN, TRAIN, VAL]
 
 
 def test_no_images():

@@ -253,5 +253,5 @@ def unite(parent: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
         apart = root_a != root_b
         a, b = a[apart], b[apart]
         low, high = np.minimum(root_a[apart], root_b[apart]), np.maximum(root_a[apart], root_b[apart])
-        # Where one root is joined to several, the least wins here and the others are still apart in the next round.
-        np.minimum.at(parent, high, low)
+        # Where one root is joined to several, one of them wins, and the others are still apart in the next round.
+        parent[high] = low
