@@ -64,7 +64,7 @@ def look(image: Image.Image) -> Look:
     colours = image.resize((4, 4), Image.Resampling.BOX, reducing_gap=2.0).convert("YCbCr")
     signature = _luma(grey[None]).tobytes() + np.asarray(colours)[..., 1:].tobytes()
     flat = int(grey.max()) - int(grey.min()) <= 8  # only then is it worth looking at all pixels
-    return Look(grey, signature, flat and all(high - low <= BLANK for low, high in image.getextrema()))
+    return Look(grey, signature, flat and int(np.ptp(np.asarray(image), axis=(0, 1)).max()) <= BLANK)
 
 
 def look_at_grey(pixels: np.ndarray) -> list[Look]:

@@ -95,8 +95,8 @@ class FolderSource:
             return None
         if not is_utf8(locator):
             return Record(printable(locator), printable(locator), problem="the name is not UTF-8; rename the file")
-        if link and (problem := self._link_problem(entry.path)):
-            return Record(locator, locator, problem=problem)
+        if link and (astray := self._link_problem(entry.path)):
+            return Record(locator, locator, problem=astray)
         split: Split | None = None
         if self.has_splits:
             split = split_name(parts[0]) if parts else None

@@ -73,8 +73,8 @@ class HubSource:
                     key = f"{name}/{number}"
                     number += 1
                     labels = self._labels(value)
-                    problem = None if labels or self.multilabel else "the row has no label"
-                    yield Record(key, key, labels, label_text(group) or None, None if problem else split, problem)
+                    missing = None if labels or self.multilabel else "the row has no label"
+                    yield Record(key, key, labels, label_text(group) or None, None if missing else split, missing)
 
     def read(self, locator: str) -> bytes | np.ndarray:
         """Return the encoded image, or its pixels."""
