@@ -25,7 +25,8 @@ def _card_page() -> str:
     lines = ["# Systems", ""]
     for card in cards().values():
         lines += [f"## {card.slug}", "", f"**{card.title}** ({card.stage}, {card.status}). {card.summary}", ""]
-        source = ", ".join(part for part in (card.authors, f"*{card.paper}*" if card.paper else "", str(card.year or "")) if part)
+        parts = (card.authors, f"*{card.paper}*" if card.paper else "", str(card.year or ""))
+        source = ", ".join(part for part in parts if part)
         lines += [source, ""] if source else []
         lines += ["Missing: " + card.missing, ""] if card.missing else []
         lines += [card.differences, ""] if card.differences else []
@@ -43,7 +44,8 @@ def _recipe_page() -> str:
     from vitrail.training.recipe import Recipe
 
     module = ".. automodule:: vitrail.training.recipe\n   :members:\n   :exclude-members: model_config"
-    return "\n".join(["# The recipe", "", "```toml", Recipe().to_toml().strip(), "```", "", "```{eval-rst}", module, "```", ""])
+    defaults = ["```toml", Recipe().to_toml().strip(), "```"]
+    return "\n".join(["# The recipe", "", *defaults, "", "```{eval-rst}", module, "```", ""])
 
 
 def _api_page() -> str:

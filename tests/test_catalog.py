@@ -30,7 +30,7 @@ def test_what_a_card_promises_can_be_had(slug):
 def test_published_sizes_hold(size):
     import torch
 
-    from vitrail.app.artefact import count_flops, count_parameters
+    from vitrail.app.build import count_flops, count_parameters
 
     with torch.device("meta"):
         model = vitrail.models.create_model(size.name, num_classes=1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from vitrail.app.audit import embedder
 from vitrail.app.budget import Clock
 from vitrail.app.build import build_method, build_model, check_names, preprocess_of
 from vitrail.app.finish import finish
@@ -31,6 +33,7 @@ from vitrail.training.features import warm_start_head
 from vitrail.training.freeze import freeze, thaw
 from vitrail.training.recipe import Recipe, apply_overrides
 from vitrail.training.train import TrainResult, train
+from vitrail.training.validate import figures, validate
 
 Event = dict[str, Any]
 Tell = Callable[[Event], None]
@@ -192,11 +195,13 @@ class _Fit:
             model, weights = self.model(index, recipe)
         preprocess = preprocess_of(model, recipe)
         method = build_method(recipe, model, index)
-        self.head_start(model, index, preprocess, recipe)
+        start = self.head_start(model, index, preprocess, recipe)
+        weights_before = copy.deepcopy(model.state_dict()) if start else {}
         freeze(model, resolved(recipe.train.freeze))
         with self.stage("train"):
             trained = self.train(method, index, preprocess, recipe)
         thaw(trained.model)
+        self.better_of(start, weights_before, trained)
         if not self.state.is_main_process:
             return {}
         return finish(self.run, index, found, recipe, preprocess, weights, trained, self)
@@ -205,7 +210,8 @@ class _Fit:
 
     def audit(self) -> tuple[Audit, Index]:
         config = self.asked.data
-        found = audit(self.source, config, self.run.cache / "audit.sqlite", self.progress)
+        cache = self.run.cache / "audit.sqlite"
+        found = audit(self.source, config, cache, self.progress, embed=embedder(config))
         path = self.run.cache / "index.arrow"
         if path.exists():
             index = Index.open(path, self.source)
@@ -249,14 +255,16 @@ class _Fit:
 
     # ---- training
 
-    def head_start(self, model: nn.Module, index: Index, preprocess: Preprocess, recipe: Recipe) -> None:
-        """Train the classifier alone on cached features; a run that already trains has this behind it."""
-        if not recipe.train.head_start or any(self.run.checkpoints.glob("*.pt")):
-            return
-        done = self.run.cache / "head_start.safetensors"
+    def head_start(self, model: nn.Module, index: Index, preprocess: Preprocess, recipe: Recipe) -> dict[str, float]:
+        """Train the classifier alone on cached features; return its validation figures, or nothing if it is off.
+
+        How far it comes depends on the clock: what it found is kept, so that a restart begins from the same.
+        """
+        if not recipe.train.head_start:
+            return {}
+        weights, figures_file = (self.run.cache / f"head_start.{kind}" for kind in ("safetensors", "json"))
         with self.stage("head_start"):
-            if not done.exists() and self.state.is_main_process:
-                self.message("training the head on features of the frozen backbone")
+            if not figures_file.exists() and self.state.is_main_process:
                 report = warm_start_head(
                     model,
                     index,
@@ -271,11 +279,26 @@ class _Fit:
                     max_pixels=recipe.data.max_pixels,
                 )
                 self.message(str(report))
-                # How far it comes depends on the clock: what it found is kept, so that a restart begins from the same.
-                with atomic_path(done) as temporary:
+                with atomic_path(weights) as temporary:
                     save_file(_head(model).state_dict(), temporary)
+                logits, targets, _ = validate(model, index, preprocess, recipe, index.rows("val"))
+                write_json(figures_file, figures(logits, targets))
             self.state.wait_for_everyone()
-            _head(model).load_state_dict(load_file(done))
+            _head(model).load_state_dict(load_file(weights))
+        return read_json(figures_file)
+
+    def better_of(self, start: dict[str, float], weights: dict[str, Tensor], trained: TrainResult) -> None:
+        """Go back to the head start where finetuning was too short to beat it on the validation images."""
+        name = "map" if "map" in start else "top1"
+        if start and start[name] > trained.figures.get(name, 0.0):
+            trained.model.load_state_dict(weights)
+            self.tell(
+                {
+                    "event": "warning",
+                    "text": f"finetuning gave {trained.figures[name]:.1%} on the validation images and the head start "
+                    f"{start[name]:.1%}: the head start ships; more --minutes may change that",
+                }
+            )
 
     def train(self, method: Method, index: Index, preprocess: Preprocess, recipe: Recipe) -> TrainResult:
         # A restart takes the forms of operators that the first start measured, so that it computes the same.
