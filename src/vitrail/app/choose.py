@@ -9,6 +9,8 @@ from vitrail.training.cpu import preferred_precision
 PRETRAINED = "tf_efficientnet_lite0"
 HEAD_START_SHARE = 0.7
 """Of the training time, at most, for the head alone; it ends sooner when its features are complete."""
+FEW_PASSES = 0.01
+"""Seconds of training per small image below which they are not shifted."""
 PRESSED = 0.08
 """Seconds of training per image below which fewer pixels and fewer trained layers buy more."""
 
@@ -27,7 +29,7 @@ def recommend(
     model           tf_efficientnet_lite0           small_resnet_micro          small_resnet_nano
     img_size        160 or 224, by time per image   the images' side, 28 to 96  twice the side, to 32
     resize          squash                          squash                      squash
-    augmentation    crop, flip                      shift, flip                 shift, no flip
+    augmentation    crop, flip                      shift or none, flip         shift, no flip
     learning rate   3e-4 to 5e-4, after a head start  3e-3                      3e-3
     batch size      32 to 64                        128                         64
     ==============  ==============================  ==========================  ========================
@@ -73,7 +75,8 @@ def recommend(
         "model.name": "small_resnet_nano" if tiny else "small_resnet_micro",
         "model.pretrained": "none",
         "model.img_size": side,
-        "augment.policy": "shift",
+        # Few passes over many images leave nothing to overfit; shifted copies would only blur the classes.
+        "augment.policy": "none" if train_seconds / n_train < FEW_PASSES else "shift",
         # Images this small are mostly characters, whose mirror images mean something else.
         "augment.flip": 0.0 if tiny else 0.5,
         "optim.lr": 3e-3,
