@@ -10,7 +10,7 @@ PRETRAINED = "tf_efficientnet_lite0"
 HEAD_START_SHARE = 0.7
 """Of the training time, at most, for the head alone; it ends sooner when its features are complete."""
 FEW_PASSES = 0.01
-"""Seconds of training per small image below which they are not shifted."""
+"""Seconds of training per small image below which they are not shifted and mirrored."""
 PRESSED = 0.08
 """Seconds of training per image below which fewer pixels and fewer trained layers buy more."""
 
@@ -70,15 +70,16 @@ def recommend(
             "train.ema": 0.0,
         }
     tiny = median_side <= 16
+    few_passes = train_seconds / n_train < FEW_PASSES
     side = min(2 * median_side, 32) if tiny else min(max(median_side, 28), 96)
     return common | {
         "model.name": "small_resnet_nano" if tiny else "small_resnet_micro",
         "model.pretrained": "none",
         "model.img_size": side,
-        # Few passes over many images leave nothing to overfit; shifted copies would only blur the classes.
-        "augment.policy": "none" if train_seconds / n_train < FEW_PASSES else "shift",
-        # Images this small are mostly characters, whose mirror images mean something else.
-        "augment.flip": 0.0 if tiny else 0.5,
+        # Few passes over many images leave little to overfit, and shifted or mirrored copies slow down what is learned.
+        "augment.policy": "none" if few_passes else "shift",
+        # Images of this size are mostly characters, whose mirror images mean something else.
+        "augment.flip": 0.0 if tiny or few_passes else 0.5,
         "optim.lr": 3e-3,
         "train.batch_size": 64 if tiny or n_train < 10_000 else 128,
         "train.freeze": 0.0,
