@@ -49,6 +49,18 @@ def install(*extras: str) -> None:
     stamp.write_text("\n".join([state, *every]))
 
 
+def test_parts() -> list[list[str]]:
+    """Return the arguments of each call of pytest: one per folder of tests, one for the files beside them.
+
+    Each part gets fresh workers: a worker that had run several folders has died, without a trace, on starting a
+    process. The tests of the report in a browser, which start many, stand alone.
+    """
+    browser = "tests/report/test_report_browser.py"
+    folders = sorted({str(path.parent.relative_to(ROOT)) for path in ROOT.glob("tests/*/**/test_*.py")})
+    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*.py"))
+    return [*([folder, f"--ignore={browser}"] for folder in folders), files, [browser]]
+
+
 def main() -> None:
     """Do what the first argument names; further arguments are passed on."""
     task, *rest = sys.argv[1:] or ["help"]
@@ -57,11 +69,8 @@ def main() -> None:
         run(BIN / "vitrail", "fit", *rest)
     elif task == "test":
         install("test")
-        # The browser's driver gets a process without torch: under it a worker that had run other tests once died.
-        browser = "tests/report/test_report_browser.py"
-        if not rest:
-            run(BIN / "python", "-m", "pytest", browser)
-        run(BIN / "python", "-m", "pytest", "-n", "2", *(rest or [f"--ignore={browser}"]))
+        for part in [rest] if rest else test_parts():
+            run(BIN / "python", "-m", "pytest", "-n", "2", *part)
     elif task == "lint":
         install("test", "lint")
         run(BIN / "ruff", "check", ".")
