@@ -1,4 +1,4 @@
-"""The run folder: fixed names, atomic writes.
+"""What every command needs of its surroundings: the run folder with fixed names, atomic writes, offline mode.
 
 A file is written beside its place, flushed to the disk and renamed, so that a reader, or a run that is killed and
 started again, sees the old file or the new one and never a part.
@@ -15,6 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.errors import RunError
+
+
+def offline() -> bool:
+    """Whether the user asked for no network access."""
+    names = ("VITRAIL_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "").lower() in {"1", "true", "yes", "on"} for name in names)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vitrail.app.build import apply_edits
 from vitrail.data.preprocess import Preprocess
+from vitrail.edits.surgery import apply_edits
 from vitrail.errors import RunError
 from vitrail.models import create_model
 from vitrail.models.pretrained import read_weights

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitrail.app.artefact import load
 from vitrail.catalog import locate
 from vitrail.data.index import Index
 from vitrail.data.preprocess import Preprocess
+from vitrail.edits.surgery import apply_edits
 from vitrail.errors import InputError, unknown
 from vitrail.methods.method import Method
 from vitrail.models import create_model, model_names
 from vitrail.training.balance import class_weights
 from vitrail.training.device import resolved
-from vitrail.training.recipe import EditConfig, ModelConfig, Recipe
+from vitrail.training.recipe import ModelConfig, Recipe
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -33,13 +35,6 @@ def model_options(config: ModelConfig, num_classes: int) -> dict[str, Any]:
         "drop_path_rate": config.drop_path_rate,
         **config.options,
     }
-
-
-def apply_edits(model: nn.Module, edits: list[EditConfig]) -> nn.Module:
-    """Apply edits by slug or import path, in order, in place."""
-    for edit in edits:
-        model = locate(edit.name, "edit")(**edit.options)(model)
-    return model
 
 
 def check_names(recipe: Recipe) -> None:
@@ -71,7 +66,7 @@ def build_method(recipe: Recipe, model: nn.Module, index: Index) -> Method:
     """Create the recipe's method around ``model``.
 
     Facts of the data (``num_classes``, ``multilabel``, ``class_weights``) go to a method that has arguments of these
-    names and was not given them.
+    names and was not given them. A ``teacher`` that is given as a run folder becomes the run's trained network.
 
     Raises:
         InputError: an option that the method does not take.
@@ -89,7 +84,22 @@ def build_method(recipe: Recipe, model: nn.Module, index: Index) -> Method:
             raise unknown(f"option of {recipe.method.name}", option, [name for name in takes if name != "model"])
     if weights is not None and "class_weights" not in takes:
         raise InputError(f"{recipe.method.name} has no class weights: set train.balance to 'sampler' or 'none'")
-    return kind(model, **{**{name: fact for name, fact in facts.items() if name in takes}, **recipe.method.options})
+    options = dict(recipe.method.options)
+    if isinstance(options.get("teacher"), str):
+        options["teacher"] = _teacher(options["teacher"], index)
+    return kind(model, **{**{name: fact for name, fact in facts.items() if name in takes}, **options})
+
+
+def _teacher(run: str, index: Index) -> nn.Module:
+    """Return the network of a run whose classes are those of ``index``."""
+    model = load(run)
+    classes = tuple(getattr(model, "classes", ()))
+    if classes != index.classes:
+        raise InputError(
+            f"the teacher {run} has {len(classes)} classes and the data have {len(index.classes)}, or their "
+            "names differ: give a run of the same classes"
+        )
+    return model
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -16,23 +16,21 @@ from vitrail.app.artefact import Artefact, save
 from vitrail.app.budget import Clock
 from vitrail.app.build import count_flops, count_parameters, model_options
 from vitrail.app.environment import environment
+from vitrail.app.learn import Learned
 from vitrail.app.story import gather
 from vitrail.data.audit import Audit
 from vitrail.data.index import Index
 from vitrail.data.loader import make_loader
-from vitrail.data.preprocess import Preprocess
 from vitrail.data.views import build_views
 from vitrail.deploy.export import check_parity, export_onnx
 from vitrail.deploy.tournament import TournamentResult, tournament
 from vitrail.evaluate.calibration import calibrate, expected_calibration_error
 from vitrail.evaluate.corruptions import corruption_suite
 from vitrail.evaluate.metrics import evaluate
-from vitrail.models.pretrained import Weights
 from vitrail.report.model_card import write_model_card
 from vitrail.report.report import write_report
 from vitrail.runs import RunFolder, read_json, write_json
 from vitrail.training.recipe import Recipe
-from vitrail.training.train import TrainResult
 from vitrail.training.validate import validate
 
 REPORT_SECONDS = 6.0
@@ -53,22 +51,8 @@ class Stages(Protocol):
         """Enter a stage."""
 
 
-def finish(
-    run: RunFolder,
-    index: Index,
-    found: Audit,
-    recipe: Recipe,
-    preprocess: Preprocess,
-    weights: Weights,
-    trained: TrainResult,
-    fit: Stages,
-) -> dict[str, Any]:
-    """Do everything that comes after training, and return the contents of ``summary.json``."""
-    return _Finish(run, index, found, recipe, preprocess, weights, trained, fit).run_all()
-
-
-class _Finish:
-    """The stages after training, in order."""
+class Finish:
+    """The stages after training, in order: ``Finish(...).run_all()`` returns the contents of ``summary.json``."""
 
     def __init__(
         self,
@@ -76,37 +60,35 @@ class _Finish:
         index: Index,
         found: Audit,
         recipe: Recipe,
-        preprocess: Preprocess,
-        weights: Weights,
-        trained: TrainResult,
+        learned: Learned,
         fit: Stages,
     ) -> None:
-        self.run, self.index, self.found, self.recipe = run, index, found, recipe
-        self.preprocess, self.weights, self.trained, self.fit = preprocess, weights, trained, fit
+        self.run, self.index, self.found, self.recipe, self.fit = run, index, found, recipe, fit
+        self.preprocess, self.weights, self.trained = learned.preprocess, learned.weights, learned.trained
         # Everything reported is computed in fp32, whatever training used.
-        self.model = trained.model.float().eval()
+        self.model = learned.model.float().eval()
         self.split = "test" if len(index.rows("test")) else "val"
         self.rows = index.rows(self.split)
 
     def run_all(self) -> dict[str, Any]:
         """Do everything; return the contents of ``summary.json``."""
         with self.fit.stage("evaluate"):
-            figures = self.evaluate()
+            figures = self._evaluate()
         with self.fit.stage("deploy"):
-            runtimes, onnx = self.deploy()
+            runtimes, onnx = self._deploy()
         with self.fit.stage("corruptions"):
-            corruption = self.corrupt()
+            corruption = self._corrupt()
         with self.fit.stage("report"):
-            summary = self.summarise(figures, runtimes, onnx, corruption)
-            self.report(summary)
-        self.clock(summary)
+            summary = self._summarise(figures, runtimes, onnx, corruption)
+            self._report(summary)
+        self._clock(summary)
         # The last file: a run with a summary is finished.
         write_json(self.run.summary, summary)
         return read_json(self.run.summary)
 
     # ---- figures
 
-    def evaluate(self) -> dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
         exact = self.recipe.model_copy(deep=True)
         exact.train.precision = "fp32"
 
@@ -128,9 +110,9 @@ class _Finish:
 
     # ---- what ships
 
-    def deploy(self) -> tuple[TournamentResult, dict[str, Any]]:
+    def _deploy(self) -> tuple[TournamentResult, dict[str, Any]]:
         recipe, index = self.recipe, self.index
-        save(self.run, self.model, self.artefact(""))
+        save(self.run, self.model, self._artefact(""))
         export_onnx(
             self.model,
             self.preprocess,
@@ -139,7 +121,7 @@ class _Finish:
             temperature=self.temperature,
             multilabel=index.multilabel,
         )
-        parity = check_parity(self.model, self.preprocess, self.run.onnx, self.images(16))
+        parity = check_parity(self.model, self.preprocess, self.run.onnx, self._images(16))
         deadline = self.fit.clock.deadline
         if deadline is not None:
             # Half of what is left, so that corruptions get their share.
@@ -149,16 +131,16 @@ class _Finish:
             self.preprocess,
             self.run.path,
             onnx_path=self.run.onnx,
-            calibration=self.calibration_pixels,
-            validation=self.pixels,
+            calibration=self._calibration_pixels,
+            validation=self._pixels,
             config=recipe.deploy,
             deadline=deadline,
             progress=lambda text: self.fit.tell({"event": "message", "text": text}),
         )
-        save(self.run, self.model, self.artefact(runtimes.winner))
+        save(self.run, self.model, self._artefact(runtimes.winner))
         return runtimes, parity.to_dict()
 
-    def artefact(self, runtime: str) -> Artefact:
+    def _artefact(self, runtime: str) -> Artefact:
         return Artefact(
             model=self.recipe.model.name,
             options=model_options(self.recipe.model, len(self.index.classes)),
@@ -172,12 +154,12 @@ class _Finish:
             version=__version__,
         )
 
-    def images(self, count: int) -> Iterator[Image.Image]:
+    def _images(self, count: int) -> Iterator[Image.Image]:
         """Yield up to ``count`` held-out images, spread over the classes, as they come from their files."""
         for row in _spread(self.rows, count):
             yield self.index.load(int(row))
 
-    def batches(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _batches(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield pixels as in evaluation, uint8 (B, h, w, 3), targets and rows."""
         loader = make_loader(
             self.index,
@@ -191,17 +173,17 @@ class _Finish:
                 pixels = batch["image"].permute(0, 2, 3, 1).contiguous().numpy()
                 yield pixels, batch["target"].numpy(), batch["row"].numpy()
 
-    def calibration_pixels(self) -> Iterator[np.ndarray]:
-        for pixels, _, _ in self.batches(_spread(self.index.rows("train"), self.recipe.deploy.calibration_images)):
+    def _calibration_pixels(self) -> Iterator[np.ndarray]:
+        for pixels, _, _ in self._batches(_spread(self.index.rows("train"), self.recipe.deploy.calibration_images)):
             yield pixels
 
-    def pixels(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for pixels, targets, _ in self.batches(_spread(self.rows, len(self.rows))):
+    def _pixels(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for pixels, targets, _ in self._batches(_spread(self.rows, len(self.rows))):
             yield pixels, targets
 
     # ---- corruptions
 
-    def corrupt(self) -> dict[str, Any] | None:
+    def _corrupt(self) -> dict[str, Any] | None:
         if self.recipe.evaluate.corruptions is False:
             return None
         deadline = self.fit.clock.deadline
@@ -215,14 +197,14 @@ class _Finish:
 
         return corruption_suite(
             predict,
-            lambda: self.batches(rows),
+            lambda: self._batches(rows),
             deadline=None if deadline is None else deadline - REPORT_SECONDS,
             seed=self.recipe.train.seed,
         )
 
     # ---- words and numbers
 
-    def summarise(
+    def _summarise(
         self,
         figures: dict[str, Any],
         runtimes: TournamentResult,
@@ -279,7 +261,7 @@ class _Finish:
         summary["onnx"] = {**(summary.get("onnx") or {}), **onnx}
         return summary
 
-    def report(self, summary: dict[str, Any]) -> None:
+    def _report(self, summary: dict[str, Any]) -> None:
         write_json(self.run.environment, summary["environment"])
         write_json(self.run.data, {**self.found.summary(), "index": self.index.summary()})
         content = gather(
@@ -293,11 +275,11 @@ class _Finish:
             self.calibration,
             self.answers,
         )
-        self.clock(summary)
+        self._clock(summary)
         write_report(self.run.report, content)
         write_model_card(self.run.model_card, content)
 
-    def clock(self, summary: dict[str, Any]) -> None:
+    def _clock(self, summary: dict[str, Any]) -> None:
         """Put the time spent so far into ``summary``."""
         clock = self.fit.clock
         summary["seconds"] = round(clock.spent, 2)

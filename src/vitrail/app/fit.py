@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from vitrail.app.audit import embedder
 from vitrail.app.budget import Clock
-from vitrail.app.build import build_method, build_model, check_names, preprocess_of
-from vitrail.app.finish import finish
+from vitrail.app.build import check_names
+from vitrail.app.finish import Finish
+from vitrail.app.learn import learn
 from vitrail.app.plan import reserve_seconds, resolve
 from vitrail.data.audit import Audit, audit
 from vitrail.data.index import Index, build_index, write_split_csv
-from vitrail.data.preprocess import Preprocess
 from vitrail.data.sources import Source, open_source
 from vitrail.errors import InputError, RunError
-from vitrail.methods.method import Method
-from vitrail.models.pretrained import Weights, load_pretrained
-from vitrail.runs import RunFolder, atomic_path, read_json, write_json, write_text
-from vitrail.training.cpu import apply_switches, keep_memory
-from vitrail.training.device import resolved
-from vitrail.training.features import warm_start_head
-from vitrail.training.freeze import freeze, thaw
+from vitrail.runs import RunFolder, read_json, write_json, write_text
 from vitrail.training.recipe import Recipe, apply_overrides
-from vitrail.training.train import TrainResult, train
-from vitrail.training.validate import figures, validate
 
 Event = dict[str, Any]
 Tell = Callable[[Event], None]
@@ -192,19 +180,19 @@ class _Fit:
             found, index = self.audit()
         with self.stage("choose"):
             recipe = self.choose(index, found)
-            model, weights = self.model(index, recipe)
-        preprocess = preprocess_of(model, recipe)
-        method = build_method(recipe, model, index)
-        start = self.head_start(model, index, preprocess, recipe)
-        weights_before = copy.deepcopy(model.state_dict()) if start else {}
-        freeze(model, resolved(recipe.train.freeze))
-        with self.stage("train"):
-            trained = self.train(method, index, preprocess, recipe)
-        thaw(trained.model)
-        self.better_of(start, weights_before, trained)
+        switches = read_json(self.plan)["switches"] if self.plan.exists() else None
+        learned = learn(
+            self.run,
+            index,
+            recipe,
+            switches=switches,
+            deadline=self.train_deadline,
+            events=self.tell,
+            stage=self.stage,
+        )
         if not self.state.is_main_process:
             return {}
-        return finish(self.run, index, found, recipe, preprocess, weights, trained, self)
+        return Finish(self.run, index, found, recipe, learned, self).run_all()
 
     # ---- data
 
@@ -213,9 +201,13 @@ class _Fit:
         cache = self.run.cache / "audit.sqlite"
         found = audit(self.source, config, cache, self.progress, embed=embedder(config))
         path = self.run.cache / "index.arrow"
-        if path.exists():
-            index = Index.open(path, self.source)
-        else:
+        index = Index.open(path, self.source) if path.exists() else None
+        if index is None or index.fingerprint != found.fingerprint:
+            if index is not None and self.run.recipe.exists():
+                raise RunError(
+                    f"the images of {self.source.uri} have changed since the run in {self.run.path} began: choose "
+                    "another folder with --out, or delete this one"
+                )
             index = build_index(self.source, found, config, path)
             write_split_csv(index, self.run.split)
         counts = {split: len(index.rows(split)) for split in ("train", "val", "test")}
@@ -241,74 +233,3 @@ class _Fit:
             return None
         evaluation = read_json(self.plan)["evaluation"] if self.plan.exists() else 0.0
         return deadline - reserve_seconds(self.clock.seconds or 0.0) - evaluation
-
-    def model(self, index: Index, recipe: Recipe) -> tuple[nn.Module, Weights]:
-        torch.manual_seed(recipe.train.seed)
-        model = build_model(recipe.model, len(index.classes))
-        weights = load_pretrained(model, recipe.model.name, recipe.model.pretrained, sha256=recipe.model.sha256)
-        self.message(f"{recipe.model.name} at {recipe.model.img_size} px, {weights.description}")
-        self.message(
-            f"{recipe.train.epochs:g} epochs in batches of {recipe.train.batch_size}, {recipe.optim.name}, "
-            f"learning rate {recipe.optim.lr:g}, {recipe.train.precision}"
-        )
-        return model, weights
-
-    # ---- training
-
-    def head_start(self, model: nn.Module, index: Index, preprocess: Preprocess, recipe: Recipe) -> dict[str, float]:
-        """Train the classifier alone on cached features; return its validation figures, or nothing if it is off.
-
-        How far it comes depends on the clock: what it found is kept, so that a restart begins from the same.
-        """
-        if not recipe.train.head_start:
-            return {}
-        weights, figures_file = (self.run.cache / f"head_start.{kind}" for kind in ("safetensors", "json"))
-        with self.stage("head_start"):
-            if not figures_file.exists() and self.state.is_main_process:
-                report = warm_start_head(
-                    model,
-                    index,
-                    index.rows("train"),
-                    preprocess,
-                    seconds=resolved(recipe.train.head_start),
-                    seed=recipe.train.seed,
-                    folder=self.run.cache,
-                    precision=str(recipe.train.precision),
-                    channels_last=recipe.train.channels_last is True,
-                    background=recipe.data.background,
-                    max_pixels=recipe.data.max_pixels,
-                )
-                self.message(str(report))
-                with atomic_path(weights) as temporary:
-                    save_file(_head(model).state_dict(), temporary)
-                logits, targets, _ = validate(model, index, preprocess, recipe, index.rows("val"))
-                write_json(figures_file, figures(logits, targets))
-            self.state.wait_for_everyone()
-            _head(model).load_state_dict(load_file(weights))
-        return read_json(figures_file)
-
-    def better_of(self, start: dict[str, float], weights: dict[str, Tensor], trained: TrainResult) -> None:
-        """Go back to the head start where finetuning was too short to beat it on the validation images."""
-        name = "map" if "map" in start else "top1"
-        if start and start[name] > trained.figures.get(name, 0.0):
-            trained.model.load_state_dict(weights)
-            self.tell(
-                {
-                    "event": "warning",
-                    "text": f"finetuning gave {trained.figures[name]:.1%} on the validation images and the head start "
-                    f"{start[name]:.1%}: the head start ships; more --minutes may change that",
-                }
-            )
-
-    def train(self, method: Method, index: Index, preprocess: Preprocess, recipe: Recipe) -> TrainResult:
-        # A restart takes the forms of operators that the first start measured, so that it computes the same.
-        if self.plan.exists() and not torch.cuda.is_available():
-            keep_memory()
-            apply_switches(method.model, read_json(self.plan)["switches"])
-        return train(method, index, preprocess, recipe, self.run, deadline=self.train_deadline(), events=self.tell)
-
-
-def _head(model: nn.Module) -> nn.Module:
-    """Return the classifier, by timm's surface."""
-    surface: Any = model
-    return surface.get_classifier()

@@ -172,17 +172,27 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def locate(name: str, stage: str) -> Any:
-    """Return the object that a recipe names by slug or by import path ``package.module:name``.
+    """Return the object that a recipe names.
+
+    Args:
+        name: a slug (the first thing that its card provides), ``slug:Name`` (another thing that it provides), or an
+            import path ``package.module:Name``.
+        stage: that the system has to be of.
 
     Raises:
         InputError: no such system, or it belongs to another stage, or the path does not import.
     """
     path = name
-    if ":" not in name:
-        card = find(name)
+    slug, _, part = name.partition(":")
+    if not part or slug in cards():
+        card = find(slug)
         if card.stage != stage or not card.provides:
-            raise InputError(f"{name!r} is a system of stage {card.stage!r}, and a {stage} is needed here")
-        path = card.provides[0]
+            planned = "; it is planned and not built yet" if card.status == "planned" else ""
+            raise InputError(f"{slug!r} is a system of stage {card.stage!r}, and a {stage} is needed here{planned}")
+        provided = {path.rpartition(":")[2]: path for path in card.provides}
+        if part and part not in provided:
+            raise unknown(f"part of {slug}", part, provided)
+        path = provided[part] if part else card.provides[0]
     module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

@@ -27,7 +27,7 @@ from vitrail.runs import atomic_path
 if TYPE_CHECKING:
     from vitrail.training.recipe import DataConfig
 
-VERSION = 1
+VERSION = 2
 BATCH = 4_096
 """Rows of each part of the file."""
 SCHEMA = pa.schema(
@@ -53,6 +53,7 @@ class Index:
     Attributes:
         classes: class names, sorted; the number of a class is its place here.
         multilabel: whether an image may have none or several classes.
+        fingerprint: of the audit that it was built from.
 
     Raises:
         RunError: the file is missing or damaged.
@@ -64,6 +65,7 @@ class Index:
         facts = self._facts
         self.classes: tuple[str, ...] = tuple(facts["classes"])
         self.multilabel: bool = facts["multilabel"]
+        self.fingerprint: str = facts["fingerprint"]
 
     @classmethod
     def open(cls, path: str | Path, source: Source) -> Self:
@@ -71,7 +73,7 @@ class Index:
         return cls(path, source)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("path", "source", "classes", "multilabel")
+        kept = ("path", "source", "classes", "multilabel", "fingerprint")
         return {name: self.__dict__[name] for name in kept}
 
     def __len__(self) -> int:
@@ -123,7 +125,7 @@ class Index:
     def summary(self) -> dict[str, Any]:
         """Return what was decided, as plain values for JSON: splits, and what was left out and why."""
         splits = {name: len(self.rows(name)) for name in SPLITS}
-        hidden = ("version", "classes", "background", "max_pixels")
+        hidden = ("version", "classes", "background", "max_pixels", "fingerprint")
         return {
             "images": len(self),
             "classes": {
@@ -221,6 +223,7 @@ def build_index(source: Source, audit: Audit, config: DataConfig, path: str | Pa
         "version": VERSION,
         "classes": classes,
         "multilabel": source.multilabel,
+        "fingerprint": audit.fingerprint,
         "background": config.background,
         "max_pixels": config.max_pixels,
         "source": source.uri,

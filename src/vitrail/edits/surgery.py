@@ -6,13 +6,22 @@ An edit is ``edit(**options) -> Callable[[nn.Module], nn.Module]``; most are a r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
+from vitrail.catalog import locate
 from vitrail.errors import InputError
+from vitrail.training.recipe import EditConfig
 
 Edit = Callable[[nn.Module], nn.Module]
+
+
+def apply_edits(model: nn.Module, edits: Iterable[EditConfig]) -> nn.Module:
+    """Apply edits by slug or import path, in order, in place; return the model."""
+    for edit in edits:
+        model = locate(edit.name, "edit")(**edit.options)(model)
+    return model
 
 
 def replace_modules(

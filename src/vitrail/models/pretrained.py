@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.errors import InputError, MissingExtra
+from vitrail.runs import offline
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,6 @@ PACKAGES = {
         "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
     ),
 }
-
-
-def offline() -> bool:
-    """Whether the user asked for no network access."""
-    names = ("VITRAIL_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return any(os.environ.get(name, "").lower() in {"1", "true", "yes", "on"} for name in names)
 
 
 def packaged_weights(model_name: str) -> Path | None:

@@ -197,30 +197,6 @@ def tune_for_cpu(
     return report
 
 
-def measure_step(
-    model: nn.Module,
-    *,
-    image_shape: tuple[int, int, int],
-    batch_size: int,
-    precision: str,
-    channels_last: bool = False,
-    repeats: int = 3,
-) -> float:
-    """Return the seconds of one training step on random images: the median of ``repeats`` after one for warming up.
-
-    Works on a copy, hooks included; the model is not changed. On the device of the model.
-    """
-    twin = copy.deepcopy(model).train()
-    device = next(model.parameters()).device
-    with torch.random.fork_rng():
-        images = torch.randn(batch_size, *image_shape, device=device)
-        if channels_last:
-            twin = twin.to(memory_format=torch.channels_last)
-            images = images.contiguous(memory_format=torch.channels_last)
-        times = [_step(twin, images, precision) for _ in range(repeats + 1)][1:]
-    return sorted(times)[len(times) // 2]
-
-
 def apply_switches(model: nn.Module, switches: Switches) -> list[RemovableHandle]:
     """Switch modules to the forms of an earlier report; returns the hooks, whose ``remove`` takes that back."""
     handles = []

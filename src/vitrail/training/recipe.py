@@ -139,7 +139,10 @@ class TrainConfig(Section):
     min_lr: Fraction = 0.01
     """Final learning rate of the cosine, as a share of the peak."""
     head_start: Annotated[float, Field(ge=0.0)] | Auto = "auto"
-    """Seconds at most for training the head alone on cached features of a pretrained backbone; 0 is off."""
+    """Seconds at most for training the head alone on cached features of a pretrained backbone; 0 is off.
+
+    It ends as soon as more training does not help. Where finetuning, in the time left, does
+    not do better on the validation images, it ships."""
     freeze: Fraction | Auto = "auto"
     """Share of the layers, from the input, that keep their weights; above 0 all batch-norm statistics stay, too."""
     precision: Literal["fp32", "bf16", "fp16"] | Auto = "auto"
@@ -153,7 +156,7 @@ class TrainConfig(Section):
     eval_every: Annotated[float, Field(gt=0.0)] = 1.0
     """Epochs between validations."""
     checkpoint_seconds: Annotated[float, Field(ge=0.0)] = 60.0
-    """Seconds between checkpoints; one is also written after each epoch."""
+    """Seconds between checkpoints; one is also written after each epoch that took 20 times as long as writing it."""
     workers: Annotated[int, Field(ge=0)] | Auto = "auto"
     cache_mb: Annotated[int, Field(ge=0)] = 1024
     """Bound of the cache of decoded images, on disk and shared by workers; 0 is off."""

@@ -28,7 +28,7 @@ def pixel_cache(index: Index, recipe: Recipe, folder: RunFolder) -> PixelCache |
     """Open the run's cache of decoded images, shared by training, validation and all workers; None if it is off."""
     if not recipe.train.cache_mb:
         return None
-    fingerprint = f"{recipe.data.model_dump_json()} {index.classes}"
+    fingerprint = f"{recipe.data.model_dump_json()} {index.classes} {index.fingerprint}"
     return PixelCache(folder.cache / "pixels.bin", recipe.train.cache_mb, rows=len(index), fingerprint=fingerprint)
 
 

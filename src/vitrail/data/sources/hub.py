@@ -12,6 +12,7 @@ import numpy as np
 from vitrail.data.decode import UnreadableImage
 from vitrail.data.sources.base import Record, Split, label_text, read_file, split_name
 from vitrail.errors import InputError, require
+from vitrail.runs import offline
 
 if TYPE_CHECKING:
     from vitrail.training.recipe import DataConfig
@@ -110,13 +111,8 @@ def is_saved_dataset(folder: Path) -> bool:
     )
 
 
-def _offline() -> bool:
-    names = ("VITRAIL_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return any(os.environ.get(name, "").lower() in {"1", "true", "yes", "on"} for name in names)
-
-
 def _import_datasets() -> Any:
-    if _offline():  # the libraries read this once, when they are imported
+    if offline():  # the libraries read this once, when they are imported
         os.environ["HF_HUB_OFFLINE"] = "1"
     return require("datasets", "data")
 
@@ -128,15 +124,15 @@ def _load(datasets: Any, uri: str) -> Any:
         name, _, config = uri.removeprefix("hf://").partition("@")
         if not name:
             raise InputError(f"{uri!r} names no data set: give hf://owner/name or hf://owner/name@config")
-        if _offline():
+        if offline():
             datasets.config.HF_HUB_OFFLINE = True
-        download = datasets.DownloadConfig(local_files_only=_offline())
+        download = datasets.DownloadConfig(local_files_only=offline())
         return datasets.load_dataset(name, config or None, download_config=download)
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 - the library and its network layers raise all kinds
         cause = " ".join(str(error).split())[:200]
-        hint = "offline mode is set, so only data sets loaded before can be used" if _offline() else "check its name"
+        hint = "offline mode is set, so only data sets loaded before can be used" if offline() else "check its name"
         raise InputError(f"cannot load the data set {uri} ({type(error).__name__}: {cause}); {hint}") from None
 
 

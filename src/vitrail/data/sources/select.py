@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitrail.catalog import cards, locate
 from vitrail.data.sources.base import IMAGE_EXTENSIONS, Source
 from vitrail.data.sources.digits import DigitsSource
 from vitrail.data.sources.folder import FolderSource
@@ -27,7 +28,8 @@ def open_source(config: DataConfig, cache: Path | None = None) -> Source:
     """Return the source for ``config.path``: its kind is found by looking at it.
 
     Args:
-        config: the path or address, and how to read it.
+        config: the path or address, and how to read it. ``SLUG://OPTIONS`` is what the data system of that slug
+            generates: the first name that its card provides is called with the address and ``config``.
         cache: folder for unpacked IDX files; by default the user's cache folder.
 
     Raises:
@@ -53,7 +55,10 @@ def _select(config: DataConfig, cache: Path | None) -> Source:
         return DigitsSource()
     if given.startswith("hf://"):
         return HubSource(given, config)
-    if "://" in given:
+    scheme, sign, _ = given.partition("://")
+    if sign and scheme in cards() and cards()[scheme].stage == "data":
+        return locate(scheme, "data")(given, config)
+    if sign:
         raise InputError(f"cannot read {given!r} over the network: download it, or give {KINDS}")
     path = Path(given).expanduser()
     if not path.exists() and RANGE.search(given):

@@ -1,0 +1,27 @@
+"""The contract of an evaluation suite: ``run(model, data: Batches, **options) -> Result``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a suite found.
+
+    Attributes:
+        title: what was looked at, a line.
+        table: rows of plain values, the same keys in each.
+        figures: name -> SVG text that needs nothing else, as the functions of ``vitrail.report.plots`` return it.
+        notes: what a reader has to know of how it was measured.
+    """
+
+    title: str
+    table: list[dict[str, Any]]
+    figures: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
