@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from vitrail.errors import InputError
-from vitrail.evaluate.explain import grad_cam, overlay
+from vitrail.evaluate.explain import cam_sheet, grad_cam, grad_cam_plus_plus, overlay
 from vitrail.models import create_model
 
 
@@ -53,6 +53,62 @@ def test_it_is_the_papers_formula():
     assert grad_cam(model, pixels, 2) == pytest.approx((expected / expected.max()).numpy(), abs=1e-4)
 
 
+class Twisted(nn.Module):
+    """Its logits are linear in its features, with another weight at every place, so that Y = exp(S) has all slopes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3 * 5 * 4))
+
+    def forward_features(self, pixels):
+        return torch.relu(nn.functional.avg_pool2d(pixels, 2))
+
+    def forward_head(self, features):
+        return features.flatten(1) @ self.weight.T / 10
+
+
+def test_grad_cam_plus_plus_is_the_papers_formula():
+    """Its weights, place by place, from derivatives of exp(S) of all three orders by differentiation."""
+    torch.manual_seed(0)
+    model, pixels = Twisted().double(), torch.randn(1, 3, 10, 8, dtype=torch.float64)
+    features = model.forward_features(pixels).detach()[0]
+    weights = [0.0] * 3
+    for k in range(3):
+        total = float(features[k].sum())
+        for i in range(5):
+            for j in range(4):
+                place = features[k, i, j].clone().requires_grad_()
+                changed = features.clone()
+                changed[k, i, j] = place
+                y = torch.exp(model.forward_head(changed[None])[0, 1])
+                first = torch.autograd.grad(y, place, create_graph=True)[0]
+                second = torch.autograd.grad(first, place, create_graph=True)[0]
+                third = torch.autograd.grad(second, place)[0]
+                first, second = first.item(), second.item()
+                weights[k] += second / (2 * second + total * third.item()) * max(first, 0.0)
+    expected = torch.relu(sum(weight * feature for weight, feature in zip(weights, features)))
+    expected = nn.functional.interpolate(expected[None, None], (10, 8), mode="bilinear")[0, 0]
+    got = grad_cam_plus_plus(model, pixels, 1)
+    assert got == pytest.approx((expected / expected.max()).numpy(), abs=1e-5)
+    assert np.abs(got - grad_cam(model, pixels, 1)).max() > 0.05
+
+
+def test_maps_stand_beside_the_image():
+    pixels = torch.zeros(1, 3, 8, 12)
+    pixels[0, 0, :4, :4] = 1
+    image = np.full((8, 12, 3), 50, np.uint8)
+    first, second = Corner(), Corner()
+    second.forward_head = lambda features: features.mean((2, 3))[:, [2, 0]]
+    sheet = np.asarray(cam_sheet([first, second], image, pixels, 0))
+    assert sheet.shape == (16, 36, 3)
+    for row, explain in enumerate((grad_cam, grad_cam_plus_plus)):
+        columns = [sheet[8 * row : 8 * row + 8, 12 * n : 12 * n + 12] for n in range(3)]
+        assert (columns[0] == image).all()
+        assert (columns[1] == np.asarray(overlay(image, explain(first, pixels, 0)))).all()
+        assert (columns[1] != image).any()
+        assert (columns[2] == image).all()
+
+
 @pytest.mark.parametrize(
     ("name", "side", "options"),
     [
@@ -74,9 +130,11 @@ def test_models_of_all_kinds(name, side, options):
     buffers = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.inference_mode():
         pixels = torch.randn(1, 3, side, side)
-    cam = grad_cam(model, pixels.clone(), 1)
-    assert cam.shape == (side, side)
-    assert 0 <= cam.min() < cam.max() <= 1
+    for explain in (grad_cam, grad_cam_plus_plus):
+        cam = explain(model, pixels.clone(), 1)
+        assert cam.shape == (side, side)
+        assert 0 <= cam.min() <= cam.max() <= 1
+        assert cam.max() > cam.min() or explain is grad_cam_plus_plus
     assert model.training
     assert all((value == buffers[key]).all() for key, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
@@ -103,6 +161,7 @@ def test_a_class_that_depends_on_nothing_has_an_empty_map():
     model = create_model("resnet18", num_classes=3)
     nn.init.zeros_(model.fc.weight)
     assert (grad_cam(model, torch.randn(1, 3, 64, 64), 1) == 0).all()
+    assert (grad_cam_plus_plus(model, torch.randn(1, 3, 64, 64), 1) == 0).all()
 
 
 def test_a_deep_map_that_is_too_small_gives_way_to_an_earlier_layer():

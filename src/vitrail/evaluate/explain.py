@@ -1,10 +1,13 @@
-"""Where a model looks: Grad-CAM.
+"""Where a model looks: Grad-CAM and Grad-CAM++.
 
-Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization" (2017).
+Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization" (2017), and
+Chattopadhay et al., "Grad-CAM++: Generalized Gradient-based Visual Explanations for Deep Convolutional Networks"
+(2018).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +36,36 @@ def grad_cam(model: nn.Module, pixels: Tensor, target: int | None = None) -> np.
     Raises:
         InputError: more than one image, an unknown class, or a model without a spatial layer.
     """
+    activation, slope = _explained_layer(model, pixels, target)
+    return _as_map(slope.mean(dim=(2, 3), keepdim=True), activation, pixels)
+
+
+def grad_cam_plus_plus(model: nn.Module, pixels: Tensor, target: int | None = None) -> np.ndarray:
+    """Return how much each place of the image speaks for a class: float32 (H, W) in [0, 1].
+
+    A channel's weight is the sum of its positive slopes, each divided by a term that grows with slope and activation,
+    so that one strong channel does not drown the others. It supposes activations from 0 upwards, as after a ReLU. Layer
+    and arguments are those of ``grad_cam``.
+
+    Raises:
+        InputError: as ``grad_cam``.
+    """
+    activation, slope = _explained_layer(model, pixels, target)
+    # With Y = exp(S) the paper's second and third derivatives are powers of the slope of S, times Y, which cancels.
+    below = 2 * slope**2 + activation.sum(dim=(2, 3), keepdim=True) * slope**3
+    alpha = torch.where(below == 0, 0, slope**2 / below)
+    return _as_map((alpha * slope.relu()).sum(dim=(2, 3), keepdim=True), activation, pixels)
+
+
+def _as_map(weights: Tensor, activation: Tensor, pixels: Tensor) -> np.ndarray:
+    """Return the weighted sum over the channels, where it is positive, at the size of the image, scaled to 1."""
+    cam = torch.relu((weights * activation).sum(dim=1, keepdim=True))  # (1, 1, h, w)
+    cam = nn.functional.interpolate(cam, pixels.shape[2:], mode="bilinear", align_corners=False)[0, 0]
+    return (cam / cam.max().clamp_min(1e-12)).float().cpu().numpy()
+
+
+def _explained_layer(model: nn.Module, pixels: Tensor, target: int | None) -> tuple[Tensor, Tensor]:
+    """Return a layer's output and the slope of the class's logit with respect to it, both (1, C, h, w)."""
     if pixels.ndim != 4 or len(pixels) != 1:
         raise InputError(f"Grad-CAM explains one image at a time: give pixels (1, 3, H, W), not {tuple(pixels.shape)}")
     outputs: list[Tensor] = []
@@ -78,11 +111,7 @@ def grad_cam(model: nn.Module, pixels: Tensor, target: int | None = None) -> np.
             f"Grad-CAM cannot explain {type(model).__name__} at {pixels.shape[2]} x {pixels.shape[3]} pixels: "
             "none of its layers has a grid of places; use a larger img_size or a convolutional or patch-based model"
         )
-    activation, slope = best
-    weights = slope.mean(dim=(2, 3), keepdim=True)
-    cam = torch.relu((weights * activation).sum(dim=1, keepdim=True))  # (1, 1, h, w)
-    cam = nn.functional.interpolate(cam, pixels.shape[2:], mode="bilinear", align_corners=False)[0, 0]
-    return (cam / cam.max().clamp_min(1e-12)).float().cpu().numpy()
+    return best
 
 
 def overlay(image: np.ndarray, cam: np.ndarray) -> Image.Image:
@@ -99,6 +128,25 @@ def overlay(image: np.ndarray, cam: np.ndarray) -> Image.Image:
     heat = np.stack([np.interp(cam, stops, colours[:, channel]) for channel in range(3)], axis=-1)
     share = 0.65 * np.sqrt(cam)[..., None]
     return Image.fromarray((image * (1 - share) + heat * share).round().astype(np.uint8))
+
+
+def cam_sheet(models: Sequence[nn.Module], image: np.ndarray, pixels: Tensor, target: int | None = None) -> Image.Image:
+    """Return the maps of several models side by side: Grad-CAM above, Grad-CAM++ below.
+
+    Args:
+        models: one column each, in this order, to the right of the image.
+        image: uint8 (H, W, 3).
+        pixels: the image as the models take it, (1, 3, H, W).
+        target: class number; None is the class that each model predicts.
+
+    Raises:
+        InputError: as ``grad_cam``.
+    """
+    rows = [
+        np.concatenate([image, *(np.asarray(overlay(image, explain(model, pixels, target))) for model in models)], 1)
+        for explain in (grad_cam, grad_cam_plus_plus)
+    ]
+    return Image.fromarray(np.concatenate(rows))
 
 
 def _grid(model: Any, values: Tensor) -> Tensor | None:
