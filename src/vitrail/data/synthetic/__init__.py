@@ -1,0 +1,1 @@
+"""Images that are computed: endless, with perfect labels, and no files."""
