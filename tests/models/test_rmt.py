@@ -344,6 +344,13 @@ def test_any_size_dense_features_and_pooling():
     assert two(torch.zeros(1, 3, 17, 33)).shape == (1, 4)
 
 
+def test_tables_of_a_trace_are_not_kept(monkeypatch):
+    prior = tiny().stages[0].prior
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    prior(2, 3, torch.device("cpu"))
+    assert prior._kept is None
+
+
 def test_tracing_neither_takes_nor_keeps_tables():
     model, x = tiny().eval(), torch.randn(2, 3, 20, 28)
     torch.export.export(model, (x,))
