@@ -24,7 +24,7 @@ HEADS, HEAD_DIM = 4, 16
 
 def run(ctx: Context) -> Verdict:
     """Train with and without decay and a residual net, at equal numbers of image passes; compare the two forms."""
-    # A fifth of an epoch of Fashion-MNIST, 12,000 passes, keeps nine transformers within minutes on two cores.
+    # A fifth of an epoch of Fashion-MNIST, 12,000 passes, keeps six transformers within minutes on two cores.
     index = ctx.index("digits") if ctx.quick else ctx.index("fashion", val_fraction=0.02)
     epochs = 0.1 if ctx.quick else 12_000 / len(index.rows("train"))
     arms = {
