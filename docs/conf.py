@@ -21,8 +21,50 @@ napoleon_google_docstring = True
 myst_heading_anchors = 3
 
 
+def _newest_evidence() -> dict[str, dict]:
+    """Return the last full run of every check, by slug."""
+    found: dict[str, dict] = {}
+    for path in sorted((ROOT / "evidence").glob("*.json")):
+        evidence = json.loads(path.read_text(encoding="utf-8"))
+        if evidence["mode"] == "full" and evidence["date"] > found.get(evidence["slug"], {"date": ""})["date"]:
+            found[evidence["slug"]] = evidence
+    return found
+
+
+def _evidence_page() -> str:
+    evidence = _newest_evidence()
+    lines = [
+        "# Claims and measurements",
+        "",
+        "What each paper claims, and what its check measured here: on small data, in minutes, with the seeds and the",
+        "machine that its file in `evidence/` names. *Not seen*: the interval of the difference holds zero.",
+        "",
+        "| system | the paper's claim | what was tested | measured | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for card in cards().values():
+        claim = "; ".join(claim.text for claim in card.claims)
+        found = evidence.get(card.slug)
+        if found is None:
+            state = "planned" if card.status == "planned" else "baseline" if not card.check else "no full run yet"
+            cells = [card.slug, claim, card.experiment, "", state]
+            lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+            continue
+        for place, finding in enumerate(found["findings"]):
+            arms = ", ".join(f"{name} {sum(v) / len(v):.4g}" for name, v in finding["arms"].items())
+            interval = finding["interval"]
+            if interval:
+                arms += f"; difference {finding['difference']:+.3g} ({interval[0]:+.3g} to {interval[1]:+.3g})"
+            cells = [f"**{card.slug}**" if not place else "", claim if not place else "", finding["claim"]]
+            cells += [f"{finding['quantity']}: {arms}", f"*{finding['outcome']}*"]
+            lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    return "\n".join([*lines, ""])
+
+
 def _card_page() -> str:
-    lines = ["# Systems", ""]
+    evidence = _newest_evidence()
+    built = sum(card.status != "planned" for card in cards().values())
+    lines = ["# Systems", "", f"{len(cards())} systems, of which {built} are built.", ""]
     for card in cards().values():
         lines += [f"## {card.slug}", "", f"**{card.title}** ({card.stage}, {card.status}). {card.summary}", ""]
         parts = (card.authors, f"*{card.paper}*" if card.paper else "", str(card.year or ""))
@@ -32,10 +74,8 @@ def _card_page() -> str:
         lines += [card.differences, ""] if card.differences else []
         for claim in card.claims:
             lines += [f"> {claim.text} ({claim.source})", ""]
-        evidence = ROOT / "evidence" / f"{card.slug}.json"
-        if evidence.is_file():
-            verdict = json.loads(evidence.read_text(encoding="utf-8")).get("verdict", "")
-            lines += [f"Our measurement: **{verdict}**.", ""]
+        if card.slug in evidence:
+            lines += [f"Our measurement: **{evidence[card.slug]['outcome']}**.", ""]
         lines += ["```console", f"$ {card.example}", "```", ""] if card.example else []
     return "\n".join(lines)
 
@@ -51,6 +91,9 @@ def _recipe_page() -> str:
 def _api_page() -> str:
     modules = [
         "vitrail.app.fit",
+        "vitrail.app.compare",
+        "vitrail.app.check",
+        "vitrail.checks.check",
         "vitrail.app.artefact",
         "vitrail.deploy.runtime",
         "vitrail.models.factory",
@@ -63,6 +106,9 @@ def _api_page() -> str:
         "vitrail.data.loader",
         "vitrail.data.preprocess",
         "vitrail.training.train",
+        "vitrail.compress.compressor",
+        "vitrail.evaluate.suite",
+        "vitrail.evaluate.paired",
         "vitrail.evaluate.metrics",
         "vitrail.evaluate.calibration",
         "vitrail.evaluate.corruptions",
@@ -79,7 +125,12 @@ def _api_page() -> str:
 def _generate(app: object) -> None:
     folder = Path(__file__).parent / "generated"
     folder.mkdir(exist_ok=True)
-    for name, text in (("systems", _card_page()), ("recipe", _recipe_page()), ("api", _api_page())):
+    for name, text in (
+        ("systems", _card_page()),
+        ("evidence", _evidence_page()),
+        ("recipe", _recipe_page()),
+        ("api", _api_page()),
+    ):
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 

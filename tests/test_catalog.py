@@ -15,6 +15,7 @@ GOOD = 'title = "T"\nstage = "edit"\nstatus = "works"\nsummary = "S."\n'
 @pytest.mark.parametrize("slug", cards())
 def test_what_a_card_promises_can_be_had(slug):
     card = find(slug)
+    assert card.summary
     for name in card.provides:
         kind, _, rest = name.partition(":")
         if kind == "timm":
@@ -22,8 +23,8 @@ def test_what_a_card_promises_can_be_had(slug):
         else:
             module = __import__(kind, fromlist=[rest])
             assert callable(getattr(module, rest))
-    assert card.example
-    assert card.check or "baseline" in card.traits
+    assert bool(card.example) == (card.status != "planned")
+    assert card.check or "baseline" in card.traits or card.status == "planned"
 
 
 @pytest.mark.parametrize("size", [s for c in cards().values() for s in c.sizes], ids=lambda s: s.name)
@@ -50,6 +51,8 @@ def test_published_sizes_hold(size):
         (GOOD.replace('"edit"', '"edits"'), "'stage'"),
         (GOOD.replace("works", "partial"), "'missing'"),
         (GOOD + "year = 'MMXX'", "'year'"),
+        (GOOD + "tasks = ['cooking']", "'cooking'"),
+        (GOOD.replace("works", "planned") + "provides = ['a:b']", "'status'"),
         (GOOD + "[[claims]]\ntext = 'x'", "claims.0.source"),
         (GOOD + "sizes = 3", "'sizes'"),
         ("title = ", "cannot read"),
@@ -67,6 +70,18 @@ def test_a_wrong_card_names_file_and_key(tmp_path, text, message):
 def test_unknown_slug_offers_the_nearest():
     with pytest.raises(InputError, match="'supervised'"):
         find("suprvised")
+
+
+def test_a_recipe_names_a_part_of_a_system():
+    assert locate("supervised:supervised_loss", "method").__name__ == "supervised_loss"
+    with pytest.raises(InputError, match="'Supervised'"):
+        locate("supervised:Supervisd", "method")
+
+
+def test_planned_systems_say_so():
+    slug = next(card.slug for card in cards().values() if card.status == "planned")
+    with pytest.raises(InputError, match=r"planned|is a system of stage"):
+        locate(slug, cards()[slug].stage)
 
 
 @pytest.mark.parametrize("name", ["small_resnet", "no.such.module:x", "json:nothing"])

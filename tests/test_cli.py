@@ -38,6 +38,7 @@ def test_list_and_show():
     [
         (["show", "suprvised"], "supervised"),
         (["list", "--stage", "modle"], "model"),
+        (["list", "--task", "retreival"], "retrieval"),
         (["fit", "/no/such/path"], "/no/such/path"),
         (["fit", "--minutes", "0"], "--minutes"),
         (["fit", "--minutes", "soon"], "float"),

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -126,13 +127,78 @@ def export(run: Path, out: Path | None) -> None:
     export_command(run, out)
 
 
+@app.command()
+@click.argument("path")
+@click.argument("arms", nargs=-1, required=True, metavar="ARM...")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Trainings of each arm.")
+@click.option("--minutes", type=float, help="Wall-clock of all arms and seeds together.  [default: 10]")
+@click.option("--out", type=FILE, help="Folder of the comparison.  [default: runs/compare- and the name of the data]")
+@click.option("--recipe", type=FILE, help="TOML recipe that all arms start from.")
+@click.option("--on", type=click.Choice(["here", "ray"]), default="here", show_default=True, help="Where to run.")
+@overrides
+def compare(
+    path: str,
+    arms: tuple[str, ...],
+    seeds: int,
+    minutes: float | None,
+    out: Path | None,
+    recipe: Path | None,
+    on: Literal["here", "ray"],
+    overrides: tuple[str, ...],
+) -> None:
+    """Train arms at equal data and budget, and say which differ from the baseline.
+
+    PATH is as for fit, or the word digits. An ARM is the slug of a model, an edit or a method, a recipe file, or
+    changes as key=value,key=value. The first arm, baseline, is always there: the recipe without changes.
+    """
+    from vitrail.app.terminal import FitDisplay, comparison_lines
+
+    with FitDisplay() as display:
+        from vitrail.app.compare import compare as run
+
+        found = run(
+            None if path == "digits" else path,
+            arms,
+            seeds=seeds,
+            minutes=minutes,
+            out=out or Path("runs") / f"compare-{Path(path).stem}",
+            recipe=recipe,
+            overrides=overrides,
+            on=on,
+            events=display.event,
+            started=STARTED,
+        )
+    click.echo("\n".join(comparison_lines(found)))
+
+
+@app.command()
+@click.argument("slug")
+@click.option("--data", help="Images to use instead of the bundled ones: what `vitrail fit` takes.")
+@click.option("--full", is_flag=True, help="Judge the claim: minutes instead of seconds.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Seeds of each arm.  [default: 3 with --full, else 1]")
+@click.option("--out", type=FILE, help="Folder for the JSON file.  [default: evidence with --full, else none]")
+@as_json
+def check(slug: str, data: str | None, full: bool, seeds: int | None, out: Path | None, as_json: bool) -> None:
+    """Test a system's central claim on data at hand: confirmed, not seen or contradicted."""
+    from vitrail.app.check import check as run
+    from vitrail.app.check import lines
+
+    if full and out is None:
+        out = Path("evidence")
+    evidence = run(
+        slug, data=data, full=full, seeds=seeds, out=out, tell=lambda text: click.echo(f"  {text}", err=True)
+    )
+    click.echo(json.dumps(evidence) if as_json else "\n".join(lines(evidence)))
+
+
 @app.command("list")
 @click.option("--stage", help="Only this stage.")
+@click.option("--task", help="Only systems for this task.")
 @click.option("--status", help="Only this status.")
 @click.option("--models", is_flag=True, help="Names of all models instead, timm's too.")
 @as_json
-def list_systems(stage: str | None, status: str | None, models: bool, as_json: bool) -> None:
-    """List the systems of the catalogue."""
+def list_systems(stage: str | None, task: str | None, status: str | None, models: bool, as_json: bool) -> None:
+    """List the systems of the catalogue, built and planned."""
     if models:
         from vitrail.models import model_names
 
@@ -140,22 +206,26 @@ def list_systems(stage: str | None, status: str | None, models: bool, as_json: b
         click.echo(json.dumps(names) if as_json else "\n".join(names))
         return
     from vitrail.catalog import cards
-    from vitrail.catalog.card import STAGES, STATUSES
+    from vitrail.catalog.card import STAGES, STATUSES, TASKS
     from vitrail.errors import unknown
 
-    if stage is not None and stage not in STAGES:
-        raise unknown("stage", stage, STAGES)
-    if status is not None and status not in STATUSES:
-        raise unknown("status", status, STATUSES)
-    chosen = [card for card in cards().values() if stage in (None, card.stage) and status in (None, card.status)]
+    for what, value, allowed in (("stage", stage, STAGES), ("task", task, TASKS), ("status", status, STATUSES)):
+        if value is not None and value not in allowed:
+            raise unknown(what, value, allowed)
+    chosen = [
+        card
+        for card in cards().values()
+        if stage in (None, card.stage) and status in (None, card.status) and (task is None or task in card.tasks)
+    ]
     if as_json:
-        click.echo(
-            json.dumps([{"slug": c.slug, "stage": c.stage, "status": c.status, "title": c.title} for c in chosen])
-        )
+        keys = ("slug", "stage", "tasks", "status", "title")
+        click.echo(json.dumps([{key: getattr(card, key) for key in keys} for card in chosen]))
         return
     width = max((len(card.slug) for card in chosen), default=0)
     for card in chosen:
         click.echo(f"{card.slug:{width}}  {card.stage:8}  {card.status:7}  {card.title}")
+    counts = ", ".join(f"{sum(card.status == name for card in chosen)} {name}" for name in STATUSES)
+    click.echo(f"\n{len(chosen)} systems: {counts}; `vitrail show SLUG` tells more")
 
 
 @app.command()
@@ -179,7 +249,10 @@ def show(slug: str) -> None:
             f"size      {size.name}: {size.params:g} M parameters{flops}"
             + (f" at {size.img_size} px" if size.img_size else "")
         )
+    lines += [f"compares  {card.experiment}"] if card.experiment else []
     lines += ["", f"try       {card.example}"] if card.example else []
+    lines += [f"check     vitrail check {card.slug}"] if card.check else []
+    lines += ["", "Planned, not built yet."] if card.status == "planned" else []
     click.echo("\n".join(lines))
 
 

@@ -13,9 +13,11 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vitrail.app.build import build_method, build_model, preprocess_of
+from vitrail.app.build import build_method, model_options, preprocess_of
 from vitrail.data.index import Index
 from vitrail.data.preprocess import Preprocess
+from vitrail.edits.surgery import apply_edits
+from vitrail.models import create_model
 from vitrail.models.pretrained import Weights, load_pretrained
 from vitrail.runs import RunFolder, atomic_path, read_json, write_json
 from vitrail.training.cpu import Switches, apply_switches, keep_memory
@@ -75,8 +77,10 @@ def learn(
         events({"event": "message", "text": text})
 
     torch.manual_seed(recipe.train.seed)
-    model = build_model(recipe.model, len(index.classes))
+    model = create_model(recipe.model.name, **model_options(recipe.model, len(index.classes)))
     weights = load_pretrained(model, recipe.model.name, recipe.model.pretrained, sha256=recipe.model.sha256)
+    # After the weights, whose names an edit may change.
+    model = apply_edits(model, recipe.model.edits)
     say(f"{recipe.model.name} at {recipe.model.img_size} px, {weights.description}")
     say(
         f"{recipe.train.epochs:g} epochs in batches of {recipe.train.batch_size}, {recipe.optim.name}, "

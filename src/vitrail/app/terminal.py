@@ -130,6 +130,23 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def comparison_lines(found: dict[str, Any]) -> list[str]:
+    """Return the result of ``compare`` in words."""
+    arms = found["arms"]
+    width = max(len(arm["name"]) for arm in arms)
+    told = [f"{found['quantity']} on {found['n_eval']} images, {len(found['seeds'])} seeds; differences in points"]
+    for arm in arms:
+        mean = f"{arm['mean']:7.2%}" if arm["values"] else " failed"
+        line = f"  {arm['name']:{width}}  {mean}"
+        if difference := arm.get("difference"):
+            mean, low, high = (100 * difference[key] for key in ("mean", "low", "high"))
+            line += f"  {mean:+6.2f} ({low:+.2f} to {high:+.2f})  p {difference['p_corrected']:.3f}"
+            line += f"  {difference['verdict']}"
+        told.append(line)
+        told += [f"    seed {seed} failed: {error}" for seed, error in arm["errors"].items()]
+    return [*told, "", f"report: {found['report']}"]
+
+
 def _note(event: dict[str, Any]) -> str:
     parts = []
     if event.get("loss") is not None:

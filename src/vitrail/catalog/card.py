@@ -31,6 +31,21 @@ STAGES = (
     "language",
     "medical",
 )
+TASKS = (
+    "classification",
+    "multi-label",
+    "dense",
+    "distillation",
+    "self-supervised",
+    "robustness",
+    "retrieval",
+    "generation",
+    "restoration",
+    "image-text",
+    "medical",
+    "compression",
+    "analysis",
+)
 GROUP = "vitrail.systems"
 STATUSES = ("works", "partial", "planned")
 
@@ -66,6 +81,8 @@ class Card:
     status: str
     authors: str = ""
     year: int | None = None
+    tasks: tuple[str, ...] = ("classification",)
+    """What it serves, of ``TASKS``."""
     paper: str = ""
     code: str = ""
     provides: tuple[str, ...] = ()
@@ -78,6 +95,8 @@ class Card:
     sizes: tuple[Size, ...] = ()
     check: str = ""
     """Import path of the check's module; empty for baselines, against which checks compare."""
+    experiment: str = ""
+    """What the check compares, in words."""
     missing: str = ""
     """What a partial system lacks."""
     differences: str = ""
@@ -140,6 +159,11 @@ def read_card(path: Path) -> Card:
             raise VitrailError(
                 f"the card {path} is wrong at {key!r}: {getattr(card, key)!r} is not one of {', '.join(allowed)}"
             )
+    for task in card.tasks:
+        if task not in TASKS:
+            raise VitrailError(f"the card {path} is wrong at 'tasks': {task!r} is not one of {', '.join(TASKS)}")
+    if card.status == "planned" and (card.provides or card.check or card.example):
+        raise VitrailError(f"the card {path} is wrong at 'status': what provides something is no longer planned")
     if (card.status == "partial") != bool(card.missing):
         raise VitrailError(
             f"the card {path} is wrong at 'missing': say what is missing when, and only when, it is partial"

@@ -75,3 +75,22 @@ def nll(logits: np.ndarray, targets: np.ndarray, temperature: float = 1.0) -> np
         return np.log(np.exp(scaled - top[:, None]).sum(axis=1)) + top - own
     signed = logits.astype(np.float32) * (1 - 2 * targets.astype(np.float32)) / np.float32(temperature)
     return np.logaddexp(np.float32(0), signed).sum(axis=1)
+
+
+def per_image(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return a score in [0, 1] per image (N,), float32: right or wrong, or of several labels the ranking precision.
+
+    That is the mean, over an image's classes, of the share of its classes among all that rank as high; 1 for an image
+    without classes.
+    """
+    multilabel = check(logits, targets)
+    if not multilabel:
+        return (logits.argmax(axis=1) == targets).astype(np.float32)
+    found = np.empty(len(logits), np.float32)
+    for part in slices(*logits.shape):
+        order = np.argsort(-logits[part], axis=1, kind="stable")
+        ranked = np.take_along_axis(targets[part] > 0.5, order, axis=1)
+        precision = ranked.cumsum(axis=1) / np.arange(1, ranked.shape[1] + 1)
+        count = ranked.sum(axis=1)
+        found[part] = np.where(count > 0, (precision * ranked).sum(axis=1) / np.maximum(count, 1), 1.0)
+    return found

@@ -298,6 +298,48 @@ def runtime_plot(runtimes: Sequence[Mapping[str, Any]], winner: str) -> tuple[st
     return "Runtimes", figure
 
 
+@_svg
+def difference_plot(arms: Sequence[Mapping[str, Any]]) -> tuple[str, Figure] | None:
+    """Draw the arms of a comparison that have a ``difference`` to the baseline: its mean and its 95 % interval."""
+    rows = [arm for arm in arms if arm.get("difference")]
+    if not rows:
+        return None
+    figure, axes = _figure(0.65 + 0.28 * len(rows))
+    axes.grid(axis="y", visible=False)
+    axes.axvline(0, color=MUTED, lw=1)
+    colours = {"better": TEAL, "worse": ROSE}
+    for y, arm in enumerate(rows):
+        found = arm["difference"]
+        colour = colours.get(found.get("verdict"), BLUE)
+        axes.plot((found["low"], found["high"]), (y, y), color=colour, lw=2.2, solid_capstyle="round")
+        axes.scatter([found["mean"]], [y], s=26, color=colour, zorder=3, linewidths=0)
+    axes.set_yticks(range(len(rows)), [short(arm["name"], 28) for arm in rows])
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="difference to the baseline, 95 % interval")
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(_percent)
+    return "Differences to the baseline", figure
+
+
+@_svg
+def seeds_plot(arms: Sequence[Mapping[str, Any]]) -> tuple[str, Figure] | None:
+    """Draw every arm's value per seed, and its mean."""
+    rows = [arm for arm in arms if arm.get("values")]
+    if not rows:
+        return None
+    figure, axes = _figure(0.65 + 0.28 * len(rows))
+    axes.grid(axis="y", visible=False)
+    for y, arm in enumerate(rows):
+        axes.scatter(arm["values"], [y] * len(arm["values"]), s=16, color=BLUE, alpha=0.7, zorder=3, linewidths=0)
+        axes.scatter([arm["mean"]], [y], s=90, marker="|", color=INK, zorder=4)
+    axes.set_yticks(range(len(rows)), [short(arm["name"], 28) for arm in rows])
+    axes.set(ylim=(len(rows) - 0.4, -0.6))
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(_percent)
+    return "Accuracy per seed", figure
+
+
 def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     return figure, figure.subplots()
