@@ -108,6 +108,14 @@ def the_same_gradients(ours: dict[str, Tensor], whole: dict[str, Tensor], where:
         )
 
 
+def half_frozen(model: nn.Module) -> nn.Module:
+    """Put a model in training mode with some of it frozen and in evaluation mode, as after finetuning; return it."""
+    model.train().requires_grad_(False)
+    next(iter(model.children())).eval()
+    next(iter(model.parameters())).requires_grad_(True)
+    return model
+
+
 def state(model: nn.Module) -> dict[str, Any]:
     """Return a copy of everything that can be changed about a model: weights, modes, gradients, hooks, attributes."""
     return {

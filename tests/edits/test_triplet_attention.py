@@ -154,6 +154,7 @@ def test_in_mobilenetv2_it_stands_after_every_block():
         ("mobilenetv4_conv_small_050", 12),
         ("hgnetv2_b0", 1),  # four of its five stages add no shortcut
         ("tiny_vit_5m_224", 2),  # its transformer blocks are left alone
+        ("visformer_tiny", 7),  # likewise: two branches share a drop_path there
     ],
 )
 def test_other_nets_of_timm(name, blocks):

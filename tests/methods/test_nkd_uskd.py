@@ -197,7 +197,11 @@ def test_the_teacher_stays_out_of_everything():
     owned = {id(parameter) for group in param_groups(method, OptimConfig()) for parameter in group["params"]}
     assert owned == {id(parameter) for parameter in student.parameters()}
     assert list(method.state_dict()) == [f"model.{key}" for key in student.state_dict()]
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    recorded = []
+    teacher.register_forward_hook(lambda _module, _inputs, _output: recorded.append(torch.is_grad_enabled()))
     method(batch())["loss"].backward()
+    assert recorded == [False]
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(parameter.grad is not None for parameter in student.parameters())
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())

@@ -39,7 +39,7 @@ BRIGHT = 0.2
 def run(ctx: Context) -> Verdict:
     """Compare the arms' accuracy, cost and maps."""
     index = ctx.index("digits" if ctx.quick else "fashion")
-    settings = {"train.epochs": 0.3 if ctx.quick else EPOCHS}
+    settings = {"train.epochs": 0.2 if ctx.quick else EPOCHS}
     arms: dict[str, list[Arm]] = {
         name: [ctx.train(index, name, seed, {**settings, **own}) for seed in ctx.seeds] for name, own in ARMS.items()
     }
