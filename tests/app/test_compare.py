@@ -20,12 +20,14 @@ FAST = (
 )
 
 
-def run(tmp_path, arms, seeds=1, **options):
-    return compare(None, arms, seeds=seeds, out=tmp_path / "c", overrides=FAST, **options)
+def run(tmp_path, arms, *more, seeds=1, **options):
+    return compare(None, arms, seeds=seeds, out=tmp_path / "c", overrides=(*FAST, *more), **options)
 
 
 def test_arms_are_paired_judged_and_reported(tmp_path):
-    found = run(tmp_path, ["optim.lr=1e-7", "augment.mixup=0.2,optim.lr=2e-3"], seeds=2)
+    # Long enough that the arm which learns nothing is far behind with either seed.
+    arms = ["optim.lr=1e-7", "augment.mixup=0.2,optim.lr=2e-3"]
+    found = run(tmp_path, arms, "optim.lr=1e-2", "train.epochs=2", seeds=2)
     names = [arm["name"] for arm in found["arms"]]
     assert names == [BASELINE, "optim.lr=1e-7", "augment.mixup=0.2,optim.lr=2e-3"]
     assert found["seeds"] == [0, 1]

@@ -99,8 +99,8 @@ def triplet_attention(*, kernel_size: int = 7, spatial: bool = True, modules: st
             has) or one that keeps its channels last.
 
     Example:
-        >>> model = triplet_attention()(timm.create_model("resnet50"))            # doctest: +SKIP
-        >>> model = triplet_attention(modules=r"features\\.\\d+")(timm.create_model("vgg11_bn"))  # doctest: +SKIP
+        >>> model = triplet_attention()(timm.create_model("resnet50"))                       # doctest: +SKIP
+        >>> model = triplet_attention(modules="layer[34]")(timm.create_model("resnet50"))    # doctest: +SKIP
     """
     TripletAttention(kernel_size)  # refuse a wrong size now, not when the edit is applied
     try:
@@ -170,10 +170,11 @@ def _passed_once(model: nn.Module, slots: list[nn.Module]) -> list[nn.Module]:
     try:
         with torch.no_grad():
             functional_call(model.eval(), state, torch.zeros(1, channels, *size, device="meta"))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"triplet_attention cannot follow an image through {type(model).__name__} "
-            f"({str(error).splitlines()[0]}): name its places with modules='a pattern of names'"
+            f"triplet_attention cannot follow an image through {type(model).__name__} ({reason}): "
+            "name its places with modules='a pattern of names'"
         ) from None
     finally:
         for hook in hooks:
