@@ -1,7 +1,12 @@
 """Sphinx configuration: pages are written from the cards and the evidence each time the site is built."""
 
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import import_graph
 
 import vitrail
 from vitrail.catalog import cards
@@ -125,6 +130,7 @@ def _api_page() -> str:
 def _generate(app: object) -> None:
     folder = Path(__file__).parent / "generated"
     folder.mkdir(exist_ok=True)
+    (folder / "imports.svg").write_text(import_graph.draw(), encoding="utf-8")
     for name, text in (
         ("systems", _card_page()),
         ("evidence", _evidence_page()),

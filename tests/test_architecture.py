@@ -1,39 +1,28 @@
 """The house keeps its shape: imports run downwards, nothing heavy loads early, every system has its files."""
 
-import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 import vitrail
 
 ROOT = Path(vitrail.__file__).parent
-# Each layer may import those below it (further right); those between bars are siblings that may import each other.
-ORDER = [
-    {"cli", "__main__"},
-    {"app", "checks"},
-    {"training"},
-    {"methods", "compress"},
-    {"models"},
-    {"layers", "edits", "data", "evaluate", "deploy", "report"},
-    {"catalog"},
-    {"errors", "runs"},
-]
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-# The recipe is plain data that any part may be configured with; it imports nothing but errors.
-ANYWHERE = {"vitrail.training.recipe"}
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.startswith("vitrail.")}
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+graph = load(DOCS / "import_graph.py")
+RANK = {name: rank for rank, names in enumerate(graph.ORDER) for name in names}
 
 
 def module_name(path: Path) -> str:
@@ -49,30 +38,37 @@ def test_imports_run_downwards(path):
     own = path.relative_to(ROOT).parts[0].removesuffix(".py")
     if own == "__init__":
         return
-    for name in imports(path) - ANYWHERE:
-        if any(name.startswith(f"{module}.") for module in ANYWHERE):
-            continue
+    assert own in RANK, f"{own} has no place in ORDER of docs/import_graph.py"
+    for name in graph.imports_of(path):
         other = name.split(".")[1]
-        assert own in RANK, f"{own} has no place in ORDER"
-        if other in RANK:
+        if other in RANK and not name.startswith(graph.ANYWHERE):
             assert RANK[own] <= RANK[other], f"{own} imports {name}"
+
+
+def test_the_drawing_shows_every_part_and_import():
+    drawing = ElementTree.fromstring(graph.draw())
+    names = [element.text for element in drawing.iter() if element.tag.endswith("text")]
+    assert sorted(names) == sorted(RANK)
+    titles = [element.text for element in drawing.iter() if element.tag.endswith("title")]
+    assert len(titles) == len(graph.edges())
+    assert any(title.startswith("training imports methods in") for title in titles)
 
 
 def test_no_import_cycle():
     names = {module_name(path): path for path in FILES}
-    graph = {name: {n for n in imports(path) if n in names and n != name} for name, path in names.items()}
+    targets = {name: {n for n in graph.imports_of(path) if n in names and n != name} for name, path in names.items()}
     # A package's __init__ that gathers its own modules is no cycle by itself.
-    graph = {name: {n for n in targets if not name.startswith(f"{n}.")} for name, targets in graph.items()}
+    targets = {name: {n for n in those if not name.startswith(f"{n}.")} for name, those in targets.items()}
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
         assert name not in trail, " -> ".join([*trail, name])
         if name not in done:
-            for target in sorted(graph[name]):
+            for target in sorted(targets[name]):
                 visit(target, (*trail, name))
             done.add(name)
 
-    for name in graph:
+    for name in targets:
         visit(name, ())
 
 
