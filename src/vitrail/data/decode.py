@@ -31,6 +31,9 @@ FORMATS = (
     "DDS",
     "QOI",
 )
+_NAMES = "jpg jpeg jpe jfif png apng bmp dib gif webp avif tif tiff ppm pgm pbm pnm pfm jp2 j2k ico tga pcx dds qoi"
+IMAGE_EXTENSIONS = frozenset(f".{name}" for name in _NAMES.split())
+"""How files of these formats are called."""
 ORIENTATION_TAG = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

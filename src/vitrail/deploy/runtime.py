@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-from vitrail.data.decode import FORMATS, UnreadableImage, decode
+from vitrail.data.decode import IMAGE_EXTENSIONS, UnreadableImage, decode
 from vitrail.deploy.interface import IMAGE, LOGITS, PIXELS, PROBABILITIES, Interface
 from vitrail.errors import InputError, RunError, require, unknown
 from vitrail.runs import RunFolder, read_json
@@ -321,13 +321,12 @@ def _expand(
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path | str]]:
     """Yield the images of a folder, at any depth, in sorted order."""
-    extensions = {extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS}
     found = False
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = Path(place, name)
-            if not name.startswith(".") and path.suffix.lower() in extensions:
+            if not name.startswith(".") and path.suffix.lower() in IMAGE_EXTENSIONS:
                 found = True
                 yield str(path), path
     if not found:

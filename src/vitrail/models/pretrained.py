@@ -95,9 +95,10 @@ def load_pretrained(model: nn.Module, name: str, source: str = "auto", *, sha256
         if path is not None:
             package = PACKAGES[name]
             state = read_weights(path, package.sha256)
-            # The packages keep another project's key names in timm's order of tensors.
-            own = model.state_dict()
-            _load(model, dict(zip(own, state.values())) if len(own) == len(state) else state, name, path)
+            # The packages keep another project's key names in timm's order of tensors, the classifier last.
+            names = list(model.state_dict())
+            names += sorted(_classifier_keys(model) - set(names), reverse=True)  # a model without one: weight, bias
+            _load(model, dict(zip(names, state.values())) if len(names) == len(state) else state, name, path)
             return Weights(
                 name, "package", f"ImageNet-1K weights of the package {package.distribution}", package.sha256
             )
@@ -171,7 +172,9 @@ def _load(model: nn.Module, state: dict[str, Tensor], name: str, path: Path) -> 
     if convert is not None and set(state) != set(own):
         state = convert(state, model)
     head = _classifier_keys(model)
-    kept = {key: value for key, value in state.items() if key not in head or own[key].shape == value.shape}
+    kept = {
+        key: value for key, value in state.items() if key not in head or (key in own and own[key].shape == value.shape)
+    }
     wrong = [key for key, value in kept.items() if key in own and own[key].shape != value.shape]
     missing = [key for key in own if key not in kept and key not in head and not key.endswith("num_batches_tracked")]
     foreign = [key for key in kept if key not in own]

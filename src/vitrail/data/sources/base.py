@@ -26,9 +26,6 @@ SPLIT_NAMES: dict[str, Split] = {
     "testing": "test",
 }
 
-# The formats of ``decode.FORMATS`` by their file names.
-_SUPPORTED = "jpg jpeg jpe jfif png apng bmp dib gif webp avif tif tiff ppm pgm pbm pnm pfm jp2 j2k ico tga pcx dds qoi"
-IMAGE_EXTENSIONS = frozenset(f".{name}" for name in _SUPPORTED.split())
 # Images all the same, but not for Pillow: a folder of these must not look empty.
 _UNSUPPORTED = "heic heif jxl svg eps psd xcf dng cr2 cr3 nef arw orf rw2 raw"
 UNSUPPORTED_EXTENSIONS = frozenset(f".{name}" for name in _UNSUPPORTED.split())

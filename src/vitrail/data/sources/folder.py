@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from vitrail.data.decode import IMAGE_EXTENSIONS
 from vitrail.data.sources.base import (
-    IMAGE_EXTENSIONS,
     UNSUPPORTED_EXTENSIONS,
     Record,
     Split,

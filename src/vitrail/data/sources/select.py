@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitrail.catalog import cards, locate
-from vitrail.data.sources.base import IMAGE_EXTENSIONS, Source
+from vitrail.data.decode import IMAGE_EXTENSIONS
+from vitrail.data.sources.base import Source
 from vitrail.data.sources.digits import DigitsSource
 from vitrail.data.sources.folder import FolderSource
 from vitrail.data.sources.hub import HubSource, is_saved_dataset

@@ -10,9 +10,8 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from vitrail.data.decode import UnreadableImage
+from vitrail.data.decode import IMAGE_EXTENSIONS, UnreadableImage
 from vitrail.data.sources.base import (
-    IMAGE_EXTENSIONS,
     MAX_BYTES,
     Record,
     Split,

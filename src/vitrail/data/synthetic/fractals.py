@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 SLUG = "fractal_pretraining"
-VERSION = "1"
+VERSION = "2"
 """Of the pixels; changes when the same address gives other images."""
 CODE, IMAGE, LABELS, STREAM, STREAM_LABELS = range(5)
 """What a stream of random numbers is for."""
@@ -48,6 +49,15 @@ INSTANCE_SIDE = (0.15, 0.6)
 """Side of one of several fractals, as a share of the image's."""
 BLUR = (0.5, 1.0)
 """Standard deviation of the blur, in pixels."""
+RANGES = {
+    "classes": (2, 10**6),
+    "per_class": (1, 10**9),
+    "instances": (1, 100),
+    "size": (8, 4096),
+    "points": (0, 10**8),
+    "seed": (0, 2**31 - 1),
+}
+"""What the options may be: as much as a machine can hold of an image and its orbit, or of the names of the classes."""
 
 
 # ---- iterated function systems
@@ -94,11 +104,16 @@ def sample_system(
 
     Args:
         rng: random numbers.
-        maps: least and largest number of maps N.
+        maps: least and largest number of maps N, from 1.
         sigma: range of the sigma-factor; by default the paper's, (5 + N) / 2 to (6 + N) / 2, in which fractals are
             neither dust nor blots.
         offset: translations are drawn from -offset to offset.
+
+    Raises:
+        InputError: numbers of maps that are none, or a sigma-factor that they cannot have.
     """
+    if not 1 <= maps[0] <= maps[1]:
+        raise InputError(f"maps = {maps} is not allowed: give the least and the largest number of maps, from 1")
     count = int(rng.integers(maps[0], maps[1] + 1))
     low, high = sigma or ((5 + count) / 2, (6 + count) / 2)
     # Orthogonal factors: rotations, each with random signs of its axes.
@@ -296,12 +311,16 @@ def draw(points: Array, side: int, window: tuple[Array, Array], brush: Array, lo
 # ---- colour
 
 
-def palette(rng: np.random.Generator, loops: _Loops | None = None) -> Array:
-    """Return 256 colours, uint8 (256, 3): all hues from a random one on, of one random saturation and value."""
+def colourise(densities: Array, rng: np.random.Generator, loops: _Loops | None = None) -> Array:
+    """Return colours, uint8 (..., 3), for densities from 0 to 1: hues from a random one on, 255 steps of the wheel on.
+
+    Saturation and value are random, and the same everywhere.
+    """
     start, saturation, value = rng.random() * 255, rng.uniform(0.3, 1) * 255, rng.uniform(0.5, 1) * 255
-    hue = (np.arange(256) + int(start)) & 255
-    colours = (np.full(256, channel, np.uint8) for channel in (saturation, value))
-    return (loops or _loops()).rgb(hue.astype(np.uint8), *colours)
+    hues = (densities * 255 + start).astype(np.int64) & 255
+    all_hues = np.arange(256, dtype=np.uint8)
+    flat = (np.full(256, channel, np.uint8) for channel in (saturation, value))
+    return (loops or _loops()).rgb(all_hues, *flat)[hues]
 
 
 def diamond_square(levels: int, decay: float, rng: np.random.Generator) -> Array:
@@ -394,11 +413,11 @@ class Fractals:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"classes": 2, "per_class": 1, "instances": 1, "size": 8, "points": 0, "seed": 0}
-        for name, lowest in least.items():
-            if not lowest <= getattr(self, name) < 2**31:
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if not (isinstance(value, Integral) and least <= value <= most):
                 raise InputError(
-                    f"{SLUG}: {name} = {getattr(self, name)} is not allowed: give a whole number from {lowest}"
+                    f"{SLUG}: {name} = {value!r} is not allowed: give a whole number from {least} to {most}"
                 )
 
     def __len__(self) -> int:
@@ -413,7 +432,12 @@ class Fractals:
         """Return the classes of the fractals in image ``number`` of a source, in the order in which they are painted.
 
         With one instance the images of a class follow each other.
+
+        Raises:
+            InputError: there is no such image.
         """
+        if not 0 <= number < len(self):
+            raise InputError(f"{SLUG}: there is no image {number}: give a number from 0 to {len(self) - 1}")
         if self.instances == 1:
             return (number // self.per_class,)
         return self._draw_labels([self.seed, LABELS, number])
@@ -426,7 +450,9 @@ class Fractals:
         return self.render(labels, [self.seed, IMAGE, number], loops)
 
     def sample(self, number: int, loops: _Loops | None = None) -> tuple[Array, tuple[int, ...]]:
-        """Return image ``number`` of an endless stream, and its classes: drawn at random, never one of a source's."""
+        """Return image ``number``, from 0, of an endless stream, with random classes; it is none of a source's."""
+        if number < 0:
+            raise InputError(f"{SLUG}: there is no image {number} in the stream: give a number from 0")
         labels = self._draw_labels([self.seed, STREAM_LABELS, number])
         return self.render(labels, [self.seed, STREAM, number], loops), labels
 
@@ -444,11 +470,11 @@ class Fractals:
             if self.instances == 1:
                 drawing = self._draw(label, self.size, rng, loops, move=True)
                 seen = np.greater(drawing, 0)
-                image[seen] = self._colours(rng, loops)[self._shade(drawing[seen])]
+                image[seen] = self._colours(drawing[seen], rng, loops)
             else:
                 # As published: drawn at half of the image's size and coloured, then brought to that of the instance.
                 drawing = self._draw(label, self.size // 2, rng, loops, move=False)
-                colours = self._colours(rng, loops)[self._shade(drawing)]
+                colours = self._colours(drawing, rng, loops)
                 colours[drawing == 0] = 0
                 side = max(int(rng.uniform(*INSTANCE_SIDE) * self.size), 1)
                 row, column = rng.integers(-(side // 2), self.size - side // 2, 2)
@@ -478,13 +504,9 @@ class Fractals:
             drawing = drawing.T
         return drawing[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1]
 
-    def _colours(self, rng: np.random.Generator, loops: _Loops | None) -> Array:
-        """Return what each of 256 densities is painted with, uint8 (256, 3)."""
-        return palette(rng, loops) if self.colour else np.full((256, 3), 127, np.uint8)
-
-    @staticmethod
-    def _shade(densities: Array) -> Array:
-        return (densities * 255).astype(np.uint8)
+    def _colours(self, densities: Array, rng: np.random.Generator, loops: _Loops | None) -> Array:
+        """Return what densities are painted with, uint8 (..., 3)."""
+        return colourise(densities, rng, loops) if self.colour else np.full((*densities.shape, 3), 127, np.uint8)
 
 
 class FractalSource:
