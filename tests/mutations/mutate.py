@@ -31,13 +31,13 @@ def mutations() -> list[dict[str, str]]:
     ]
 
 
-def run(test: str, source: Path) -> bool:
-    """Return whether a test passes against the package in ``source``; raise if it cannot be run."""
+def run(tests: list[str], source: Path) -> bool:
+    """Return whether tests pass against the package in ``source``; raise if they cannot be run."""
     environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1, 2):  # 2: the mutation breaks the import already
-        raise SystemExit(f"cannot run {test}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise SystemExit(f"cannot run {tests}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.returncode == 0
 
 
@@ -45,9 +45,10 @@ def main() -> None:
     """Run the mutations of the systems named on the command line, or all."""
     chosen = [entry for entry in mutations() if not sys.argv[1:] or entry["system"] in sys.argv[1:]]
     survived = 0
-    for test in sorted({entry["test"] for entry in chosen}):
-        if not run(test, ROOT / "src"):
-            raise SystemExit(f"{test} fails on the package as it is")
+    named = sorted({entry["test"] for entry in chosen})
+    if named and not run(named, ROOT / "src"):
+        wrong = [test for test in named if not run([test], ROOT / "src")]
+        raise SystemExit(f"{', '.join(wrong)}: fails on the package as it is")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "src"
         shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -55,7 +56,7 @@ def main() -> None:
             path = copy / "vitrail" / entry["file"]
             text = path.read_text(encoding="utf-8")
             path.write_text(text.replace(entry["old"], entry["new"]), encoding="utf-8")
-            caught = not run(entry["test"], copy)
+            caught = not run([entry["test"]], copy)
             path.write_text(text, encoding="utf-8")
             survived += not caught
             print(

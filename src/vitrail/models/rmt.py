@@ -1,10 +1,10 @@
 """RMT: a hierarchical vision transformer whose attention decays with the Manhattan distance.
 
 Fan et al., "RMT: Retentive Networks Meet Vision Transformers" (CVPR 2024), arXiv 2309.11523, and the authors' code
-(qhfan/RMT), with which the weights were trained. Where the two differ we follow the code: the paper multiplies the
-softmax by the decay, the code adds the decay's logarithm to the scores, so that the weights of a place still sum to 1;
-and the code turns queries and keys by their place in reading order, as RetNet does, which the paper's equations leave
-out.
+(qhfan/RMT), with which the weights were trained. We follow the code, which adds the decay's logarithm to the scores
+before the softmax, and turns queries and keys by their place in reading order, as RetNet does. To a reader who found
+the softmax multiplied by the decay in the paper, the authors answered that the code does so and normalises after it
+(issue 21 of their repository): the weights of a place still sum to 1.
 
 Shapes: B images, H x W places, n heads of d channels, C = n d, L places in a row of attention. Stages take and return
 (B, C, H, W); inside they work on (B, H, W, C), which for a channels-last image is the same memory.
