@@ -445,11 +445,43 @@ def test_bitops_are_kept(trained, calibration):
 def test_a_drop_of_accuracy_is_kept_at_the_fewest_bytes(trained, calibration):
     images, target = (torch.cat(parts) for parts in zip(*calibration()))
     loose = compress(trained, calibration, Budget(drop=0.5), bits=(8, 1), **QUICK)
-    tight = compress(trained, calibration, Budget(drop=0.0), bits=(8, 1), **QUICK, retune_norms=False)
+    tight = compress(trained, calibration, Budget(drop=0.0), bits=(8, 1), **QUICK)
     assert loose.report["bytes"] < tight.report["bytes"]
     assert accuracy(tight.model, images, target) >= accuracy(trained, images, target)
     with pytest.raises(VitrailError, match="cannot be kept: with the most bits"):
         compress(trained, calibration, Budget(drop=0.0), bits=(1,), layerwise="none", **QUICK)
+
+
+def test_tuning_that_would_break_the_drop_is_taken_back(trained, calibration, monkeypatch):
+    def harm(network, *_):
+        with torch.no_grad():
+            network[10].layer.bias[0] += 100
+
+    def spoil(self, network, chosen):
+        network[10].layer.bias.data[0] += 100
+        self.errors = dict.fromkeys(self.errors, (9.0, 9.0))
+
+    plain = compress(trained, calibration, Budget(drop=0.01), bits=(8,), **QUICK, retune_norms=False)
+    told = []
+    monkeypatch.setattr(module, "_retune_norms", harm)
+    kept = compress(trained, calibration, Budget(drop=0.01), bits=(8,), **QUICK, tell=told.append)
+    images, _ = quadrants(8)
+    assert torch.equal(plain.model(images), kept.model(images))
+    assert "taken back" in told[-1]
+    without = compress(trained, calibration, ANY, bits=(8,), **QUICK)
+    assert not torch.equal(plain.model(images), without.model(images))
+    monkeypatch.setattr(module._Work, "sequential", spoil)
+    ordered = compress(trained, calibration, Budget(drop=0.01), bits=(8,), order="sequential", **QUICK)
+    assert ordered.report["layers"] == plain.report["layers"]
+
+
+def test_a_sequence_alone_is_optimised_once(trained, calibration, monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "adaquant", lambda *_, **__: calls.append(1))
+    compress(trained, calibration, ANY, bits=(4,), order="sequential", keep_edges=True, **QUICK)
+    assert len(calls) == 4
+    compress(trained, calibration, ANY, bits=(8, 4), order="sequential", **QUICK)
+    assert len(calls) == 4 + 3 * 4
 
 
 def test_edges_keep_eight_bits(trained, calibration):
@@ -520,7 +552,8 @@ def test_one_step_of_bias_tuning_is_the_published_one(trained, calibration):
 def test_labels_that_are_several_are_measured(trained):
     images, target = quadrants(32)
     several = batches_of(images, F.one_hot(target, 4).float())
-    logits = trained(images)
+    with torch.no_grad():
+        logits = trained(images)
     expected = F.binary_cross_entropy_with_logits(logits, F.one_hot(target, 4).float())
     assert module._measure(trained, several, False) == pytest.approx(float(expected), rel=1e-5)
     wrong = float((logits.argmax(1) != target).float().mean())
@@ -581,9 +614,17 @@ def test_fixed_layers_survive_saving(trained, calibration):
     [
         ({"bits": ()}, "bits is empty"),
         ({"bits": (0,)}, "from 1 to 16"),
+        ({"bits": (4.5,)}, "4.5 bits are not allowed"),
+        ({"bits": ("8",)}, "give a whole number"),
+        ({"bits": 8}, "give a list of widths"),
+        ({"bits": "84"}, "give a list of widths"),
         ({"layerwise": "round"}, "one of adaquant, adaround, none"),
         ({"order": "random"}, "one of parallel, sequential"),
-        ({"steps": 0}, "steps = 0"),
+        ({"steps": 0}, "steps = 0 is not allowed: give a whole number from 1"),
+        ({"steps": 1.5}, "steps = 1.5"),
+        ({"batch_size": 0}, "batch_size = 0"),
+        ({"bias_steps": -1}, "bias_steps = -1 is not allowed: give a whole number from 0"),
+        ({"seed": -3}, "seed = -3"),
     ],
 )
 def test_wrong_options_are_explained(trained, calibration, options, message):
@@ -598,6 +639,18 @@ def test_what_cannot_be_compressed_is_explained(trained, calibration):
         compress(trained, calibration, Budget(latency_ms=1, bytes=1e6))
     with pytest.raises(InputError, match="at least one batch"):
         compress(trained, lambda: iter(()), ANY)
+    with pytest.raises(InputError, match="a list, which cannot be started again"):
+        compress(trained, list(calibration()), ANY)
+    images, target = quadrants(8)
+    with pytest.raises(InputError, match=r"from \d to \d, and the network tells 4 classes apart"):
+        compress(trained, batches_of(images, target + 3), ANY, bits=(8, 4), **QUICK)
+    with pytest.raises(InputError, match="of 5 labels, and the network knows 4"):
+        compress(trained, batches_of(images, torch.zeros(8, 5)), Budget(drop=0.1), bits=(8,), **QUICK)
+    with pytest.raises(InputError, match="the network answers with numbers that are not finite"):
+        compress(trained, batches_of(images / 0, target), ANY, **QUICK)
+    images[6:] /= 0
+    with pytest.raises(InputError, match="layer 0 is given numbers that are not finite"):
+        compress(trained, batches_of(images, target, 4), ANY, **QUICK)
     with pytest.raises(InputError, match="no convolution or linear layer"):
         compress(nn.Sequential(nn.Flatten(), nn.LayerNorm(192)), calibration, ANY)
 

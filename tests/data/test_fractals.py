@@ -15,6 +15,7 @@ from vitrail.data.synthetic.fractals import (
     FractalSource,
     blur,
     chaos_game,
+    colourise,
     compiled,
     diamond_square,
     draw,
@@ -165,6 +166,19 @@ def test_colours_follow_the_hue_wheel():
         assert np.abs(got - expected).max() <= 0.5 + 1e-6
 
 
+def test_hues_run_on_from_a_random_one():
+    densities = np.random.default_rng(3).random((20, 30))
+    got = colourise(densities, np.random.default_rng(5))
+    rng = np.random.default_rng(5)
+    start, saturation, value = rng.random() * 255, rng.uniform(0.3, 1) * 255, rng.uniform(0.5, 1) * 255
+    assert got.shape == (20, 30, 3)
+    for place in itertools.product(range(20), range(30)):
+        hue = int(densities[place] * 255 + start) % 256
+        one = NUMPY.rgb(*(np.array([channel], np.uint8) for channel in (hue, int(saturation), int(value))))[0]
+        assert np.array_equal(got[place], one)
+        assert got[place].max() == int(value)
+
+
 def slow_diamond_square(levels, decay, rng):
     """Point by point; random numbers in the order in which the fast form draws them."""
     side = 2**levels + 1
@@ -245,11 +259,12 @@ def test_an_image_depends_on_seed_class_and_number_alone():
 
 
 def test_instances_have_their_labels():
-    seen = {len(MANY.labels(number)) for number in range(60)}
+    several = Fractals(classes=5, per_class=12, size=24, instances=4)
+    seen = {len(several.labels(number)) for number in range(60)}
     assert seen == {1, 2, 3, 4}
     black = Fractals(classes=3, size=48, instances=3, background=False, per_class=20)
     assert all(black.image(number).any() for number in range(8))
-    assert {label for number in range(40) for label in MANY.labels(number)} == set(range(5))
+    assert {label for number in range(40) for label in several.labels(number)} == set(range(5))
 
 
 def test_the_source_is_opened_by_address():
@@ -337,6 +352,8 @@ def test_the_stream_has_several_labels():
         ("clases=3", "did you mean 'classes'"),
         ("classes=1", "classes = 1 is not allowed: give a whole number from 2"),
         ("size=4", "from 8"),
+        ("size=999999", "give a whole number from 8 to 4096"),
+        ("points=2000000000", "from 0 to 100000000"),
         ("instances=0", "from 1"),
         ("seed=-1", "give a whole number"),
         ("size=big", "give a whole number"),
@@ -352,6 +369,18 @@ def test_a_wrong_address_is_explained(address, message):
 def test_wrong_arguments_are_explained():
     with pytest.raises(InputError, match="from 0 to 6"):
         sample_singular_values(2, 6.5, np.random.default_rng(0))
+    for maps in ((4, 2), (0, 3)):
+        with pytest.raises(InputError, match="least and the largest number of maps"):
+            sample_system(np.random.default_rng(0), maps)
+    for options in ({"size": "16"}, {"size": 16.5}, {"seed": None}):
+        with pytest.raises(InputError, match="give a whole number"):
+            Fractals(**options)
+    for number in (-1, 20):
+        for fractals in (SMALL, MANY):
+            with pytest.raises(InputError, match="give a number from 0 to 19"):
+                fractals.image(number)
+    with pytest.raises(InputError, match="in the stream"):
+        SMALL.sample(-1)
     for wrong in ({"batch_size": 0}, {"batch_size": 1, "first_batch": -1}, {"batch_size": 1, "rank": 1}):
         with pytest.raises(InputError, match="rank from 0 below world"):
             fractal_batches(SMALL, **wrong)

@@ -58,6 +58,12 @@ def test_the_method_trains():
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_targets_that_do_not_fit_are_refused():
+    for target in (torch.zeros(4, dtype=torch.int64), torch.zeros(4, 5), torch.zeros(3, 6)):
+        with pytest.raises(InputError, match=r"give both as \(images, classes\)"):
+            multi_instance_loss(torch.zeros(4, 6), target)
+
+
 def test_one_label_per_image_is_refused():
     with pytest.raises(InputError, match="instances above 1"):
         MultiInstance(nn.Identity(), multilabel=False)

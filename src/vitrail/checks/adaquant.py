@@ -58,12 +58,13 @@ def run(ctx: Context) -> Verdict:
                 ctx.tell(f"{name}, seed {seed}, {bits} bits")
                 found = scores[name, bits]
                 found[FLOAT].append(exact - 0.01)
-                arms = {**LAYERWISE, "AdaQuant, tuned": TUNED} if bits == 4 else LAYERWISE
+                tuned = {**TUNED, "bias_steps": 2} if ctx.quick else TUNED
+                arms = {**LAYERWISE, "AdaQuant, tuned": tuned} if bits == 4 else LAYERWISE
                 for method, how in arms.items():
                     model = compress(arm.model, calibration, ANY, bits=(bits,), **options, **how).model
                     found[method].append(_accuracy(model, held_out))
             if name == networks[0]:
-                _mixed(arm.model, calibration, held_out, mixed, seed)
+                _mixed(arm.model, calibration, held_out, mixed, seed, (8, 4, 2) if ctx.quick else (8, 6, 4, 3, 2))
                 for size in (8,) if ctx.quick else (16, 64, 1024):
                     ctx.tell(f"{name}, seed {seed}, {size} calibration images")
                     few = _kept(ctx.training_images(index, arm.preprocess, most=size))
@@ -114,11 +115,18 @@ def _findings(scores: dict[tuple[str, int], dict[str, list[float]]], mixed: dict
     return findings
 
 
-def _mixed(model: nn.Module, calibration: Batches, held_out: Batches, arms: dict[str, list[float]], seed: int) -> None:
+def _mixed(
+    model: nn.Module,
+    calibration: Batches,
+    held_out: Batches,
+    arms: dict[str, list[float]],
+    seed: int,
+    bits: tuple[int, ...],
+) -> None:
     """Compare the paper's light pipeline, bits by integer programme and batch-norm tuning alone, with uniform bits."""
     light: dict[str, Any] = {"layerwise": "none", "bias_steps": 0, "seed": seed}
     uniform = compress(model, calibration, ANY, bits=(4,), **light)
-    mixed = compress(model, calibration, Budget(bytes=uniform.report["bytes"]), bits=(8, 6, 4, 3, 2), **light)
+    mixed = compress(model, calibration, Budget(bytes=uniform.report["bytes"]), bits=bits, **light)
     arms["4 bits"].append(_accuracy(uniform.model, held_out))
     arms["integer programme"].append(_accuracy(mixed.model, held_out))
 
@@ -139,6 +147,8 @@ def _pretrained(ctx: Context, side: int = 64) -> list[dict[str, Any]]:
         images = torch.from_numpy(preprocess.normalise(pixels))
     else:
         images = torch.cat([part for part, _ in ctx.held_out(ctx.index(), preprocess, most=256)()])
+        if len(images) < 128:
+            raise DataError(f"it needs 128 held-out images, and the data have {len(images)}")
     with torch.no_grad():
         exact = torch.cat([model(part) for part in images.split(32)])
     answers = exact.argmax(1)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -113,7 +114,8 @@ def compress(
     Args:
         model: any network; its layers that a pass calls once are quantised. It is not changed.
         calibration: 16 images suffice, more is better; the targets serve to allocate bits and to measure a drop.
-        budget: bytes or bitops, and drop. With a drop the bytes are minimised, else the loss.
+        budget: bytes or bitops, and drop. With a drop the bytes are minimised, else the loss. What is done after the
+            choice of bits (sequential order and tuning) is taken back if the network then exceeds the drop.
         bits: widths to choose from; one alone is used for all layers.
         layerwise: how a layer is optimised: by AdaQuant, by learned rounding alone (AdaRound), or not at all.
         order: what a layer is optimised on: the float network's activations, or those of the quantised layers before
@@ -121,16 +123,18 @@ def compress(
         keep_edges: first and last layer have 8 bits.
         steps, batch_size: of the optimisation of a layer.
         retune_norms: estimate batch-norm statistics anew.
-        bias_steps: steps of bias tuning, of a calibration batch each; 0 is off. The published code takes 800.
+        bias_steps: steps of bias tuning, of a calibration batch each; 0 is off. The published code takes 4,000.
         seed: of all that is drawn.
         memory_mb: for activations that are held at a time, in megabytes; more makes parallel calibration faster.
         tell: takes a line of text about progress.
 
     Raises:
-        InputError: an option out of its range, a bound that quantisation does not change, no calibration images.
+        InputError: an option out of its range, a bound that quantisation does not change, no calibration images, or
+            targets that do not fit the network's outputs.
         VitrailError: the budget cannot be kept; says what can be had.
     """
-    widths = _check(budget, bits, layerwise, order, steps, batch_size, bias_steps)
+    counts = {"steps": (steps, 1), "batch_size": (batch_size, 1), "bias_steps": (bias_steps, 0), "seed": (seed, 0)}
+    widths = _check(budget, bits, layerwise, order, counts)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     before = float_bytes([*model.parameters(), *model.buffers()])
     images = first_images(calibration).to(next(model.parameters()).device)
@@ -141,6 +145,8 @@ def compress(
     options = {layer.name: [EDGE_BITS] if layer.name in edges else widths for layer in facts}
 
     variants: dict[str, dict[int, QuantLayer]] = {layer.name: {} for layer in facts}
+    if order == "sequential" and budget.drop is None and all(len(choice) == 1 for choice in options.values()):
+        work.layerwise = "none"  # nothing is chosen by these variants, and the sequence optimises its own
     for width in sorted({width for choice in options.values() for width in choice}, reverse=True):
         which = [layer for layer in facts if width in options[layer.name]]
         tell(f"{len(which)} layers at {width} bits")
@@ -149,8 +155,10 @@ def compress(
 
     network = copy.deepcopy(teacher)
     chosen, losses = _choose(network, work, budget, options, variants, tell)
+    untuned, errors = (copy.deepcopy(network), dict(work.errors)) if budget.drop is not None else (None, work.errors)
     if order == "sequential":
         tell("each layer on what those before it put out")
+        work.layerwise = layerwise
         work.sequential(network, chosen)
     if retune_norms and statistics:
         tell("batch-norm statistics")
@@ -158,6 +166,11 @@ def compress(
     if bias_steps:
         tell("biases")
         _tune_biases(network, teacher, calibration, facts[-1].name, bias_steps)
+    if untuned is not None and budget.drop is not None:
+        drop = _measure(network, calibration, True) - _measure(teacher, calibration, True)
+        if drop > budget.drop + 1e-9:
+            tell(f"taken back what followed the choice of bits: the drop would be {drop:.2%}")
+            network, work.errors = untuned, errors
     network = fix(network).requires_grad_(False)
     sizes = _sizes(teacher, facts, chosen)
     report: dict[str, Any] = {
@@ -181,7 +194,7 @@ def compress(
 
 
 def _check(
-    budget: Budget, bits: Sequence[int], layerwise: str, order: str, steps: int, batch_size: int, bias_steps: int
+    budget: Budget, bits: Sequence[int], layerwise: str, order: str, counts: Mapping[str, tuple[int, int]]
 ) -> list[int]:
     """Return the widths, largest first, or raise."""
     for name in ("flops", "latency_ms"):
@@ -193,13 +206,13 @@ def _check(
     ):
         if given not in allowed:
             raise InputError(f"adaquant: {name} = {given!r} is not allowed: give one of {', '.join(allowed)}")
+    if isinstance(bits, str) or not isinstance(bits, Collection):
+        raise InputError(f"adaquant: bits = {bits!r} is not allowed: give a list of widths, such as (8, 4) or (4,)")
     if not bits:
         raise InputError("adaquant: bits is empty: give one width or more, such as (8, 4)")
-    if steps < 1 or batch_size < 1 or bias_steps < 0:
-        raise InputError(
-            f"adaquant: steps = {steps}, batch_size = {batch_size}, bias_steps = {bias_steps} are not allowed: give "
-            "steps and batch_size from 1, bias_steps from 0"
-        )
+    for name, (count, least) in counts.items():
+        if not (isinstance(count, Integral) and count >= least):
+            raise InputError(f"adaquant: {name} = {count!r} is not allowed: give a whole number from {least}")
     return sorted({check_bits(width) for width in bits}, reverse=True)
 
 
@@ -362,6 +375,7 @@ def _measure(network: nn.Module, batches: Batches, by_accuracy: bool) -> float:
     total, count = 0.0, 0
     for images, target in batches():
         logits, target = network(images.to(place)).float(), target.to(place)
+        _check_targets(logits, target)
         if by_accuracy:
             right = logits.argmax(1)
             hit = right == target if target.ndim == 1 else target.gather(1, right[:, None])[:, 0] > 0.5
@@ -373,6 +387,20 @@ def _measure(network: nn.Module, batches: Batches, by_accuracy: bool) -> float:
             total += float(loss.mean(1).sum())
         count += len(images)
     return total / count
+
+
+def _check_targets(logits: Tensor, target: Tensor) -> None:
+    classes = logits.shape[1]
+    if target.ndim == 1 and not ((target >= 0) & (target < classes)).all():
+        raise InputError(
+            f"the calibration targets reach from {int(target.min())} to {int(target.max())}, and the network tells "
+            f"{classes} classes apart: give images of the classes it was trained on"
+        )
+    if target.ndim == 2 and target.shape[1] != classes:
+        raise InputError(
+            f"the calibration targets are of {target.shape[1]} labels, and the network knows {classes}: give images "
+            "with the labels it was trained on"
+        )
 
 
 def _weight(work: _Work, name: str) -> Tensor:

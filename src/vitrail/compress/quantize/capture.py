@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitrail.compress.quantize.layers import LayerFacts
 from vitrail.data.batches import Batches
+from vitrail.errors import InputError
 
 
 class _Enough(Exception):
@@ -76,6 +77,9 @@ def mean_ranges(model: nn.Module, names: Sequence[str], batches: Batches) -> Map
     """Return the range of each layer's input: least and largest value of an image, averaged over all images.
 
     Nothing is kept but two numbers per layer.
+
+    Raises:
+        InputError: a layer is given numbers that are not finite.
     """
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in names}
 
@@ -96,4 +100,10 @@ def mean_ranges(model: nn.Module, names: Sequence[str], batches: Batches) -> Map
     finally:
         for handle in handles:
             handle.remove()
+    for name, both in sums.items():
+        if not both.isfinite().all():
+            raise InputError(
+                f"on the calibration images the layer {name} is given numbers that are not finite: check the images' "
+                "normalisation and the network's weights"
+            )
     return {name: (both[0] / count, both[1] / count) for name, both in sums.items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.compress.quantize.layers import KINDS, replace
+from vitrail.errors import InputError
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -27,11 +28,19 @@ def fold_batch_norms(model: nn.Module, images: Tensor) -> tuple[nn.Module, dict[
     Returns:
         The copy, and for each folded layer (|gamma|, beta): standard deviation and mean, per channel, of what it puts
         out on the training data.
+
+    Raises:
+        InputError: the model's answers are not finite.
     """
     folded = copy.deepcopy(model)
     statistics: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
         expected = model(images)
+        if not expected.isfinite().all():
+            raise InputError(
+                "on the calibration images the network answers with numbers that are not finite: check the images' "
+                "normalisation and the network's weights"
+            )
         for layer_name, norm_name in _pairs(folded, images):
             layer, norm = folded.get_submodule(layer_name), folded.get_submodule(norm_name)
             statistics[layer_name] = _fold(layer, norm)

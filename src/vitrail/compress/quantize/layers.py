@@ -70,6 +70,11 @@ def trace(model: nn.Module, batches: Batches) -> list[LayerFacts]:
 
 def first_images(batches: Batches) -> Tensor:
     """Return the first batch of images (B, 3, H, W), or raise when there is none."""
+    if not callable(batches):
+        raise InputError(
+            f"calibration images are a {type(batches).__name__}, which cannot be started again and again: give a "
+            "function that returns an iterator of (images, targets), such as vitrail.data.batches.batches_of(...)"
+        )
     for images, _ in batches():
         return images
     raise InputError("compression needs calibration images: give at least one batch")

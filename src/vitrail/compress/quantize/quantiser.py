@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ class _Affine(torch.autograd.Function):
 
 def check_bits(bits: int) -> int:
     """Return ``bits``, or raise when a quantiser cannot have as many."""
-    if not 1 <= bits <= MOST_BITS:
-        raise InputError(f"{bits} bits are not allowed: give a whole number from 1 to {MOST_BITS}")
+    if not (isinstance(bits, Integral) and 1 <= bits <= MOST_BITS):
+        raise InputError(f"{bits!r} bits are not allowed: give a whole number from 1 to {MOST_BITS}")
     return bits
 
 

@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
@@ -415,7 +414,7 @@ class Fractals:
     def __post_init__(self) -> None:
         for name, (least, most) in RANGES.items():
             value = getattr(self, name)
-            if not (isinstance(value, Integral) and least <= value <= most):
+            if not (isinstance(value, (int, np.integer)) and least <= value <= most):
                 raise InputError(
                     f"{SLUG}: {name} = {value!r} is not allowed: give a whole number from {least} to {most}"
                 )

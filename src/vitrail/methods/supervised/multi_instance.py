@@ -22,7 +22,15 @@ def multi_instance_loss(logits: Tensor, target: Tensor) -> Tensor:
 
     Returns:
         A scalar: the mean over images and classes.
+
+    Raises:
+        InputError: the shapes differ.
     """
+    if logits.ndim != 2 or logits.shape != target.shape:
+        raise InputError(
+            f"multi-instance prediction compares logits {tuple(logits.shape)} with targets {tuple(target.shape)}: give "
+            "both as (images, classes)"
+        )
     logits, target = logits.float(), target.float()
     positives = target.sum(1, keepdim=True).clamp(min=1)
     return F.binary_cross_entropy_with_logits(logits, target, pos_weight=logits.shape[1] / positives)
