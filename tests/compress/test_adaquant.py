@@ -484,6 +484,18 @@ def test_a_sequence_alone_is_optimised_once(trained, calibration, monkeypatch):
     assert len(calls) == 4 + 3 * 4
 
 
+def test_empty_batches_change_nothing(trained, calibration):
+    def with_empty():
+        for images, target in calibration():
+            yield images[:0], target[:0]
+            yield images, target
+
+    options = {**QUICK, "bias_steps": 3, "bits": (4,)}
+    images, _ = quadrants(8)
+    plain, other = (compress(trained, source, ANY, **options).model(images) for source in (calibration, with_empty))
+    assert torch.equal(plain, other)
+
+
 def test_edges_keep_eight_bits(trained, calibration):
     report = compress(trained, calibration, ANY, bits=(4,), keep_edges=True, **QUICK).report
     assert [entry["bits"] for entry in report["layers"]] == [8, 4, 4, 8]
@@ -641,7 +653,16 @@ def test_what_cannot_be_compressed_is_explained(trained, calibration):
         compress(trained, lambda: iter(()), ANY)
     with pytest.raises(InputError, match="a list, which cannot be started again"):
         compress(trained, list(calibration()), ANY)
+    once = iter(list(calibration()))
+    with pytest.raises(InputError, match="came once and then no more"):
+        compress(trained, lambda: once, ANY)
     images, target = quadrants(8)
+    with pytest.raises(InputError, match=r"torch.uint8 of shape \(8, 3, 8, 8\): give normalised floats"):
+        compress(trained, batches_of(images.to(torch.uint8), target), ANY)
+    with pytest.raises(InputError, match=r"bytes = '10' is not allowed"):
+        Budget(bytes="10")
+    with pytest.raises(InputError, match="Flatten has no convolution or linear layer"):
+        compress(nn.Flatten(), calibration, ANY)
     with pytest.raises(InputError, match=r"from \d to \d, and the network tells 4 classes apart"):
         compress(trained, batches_of(images, target + 3), ANY, bits=(8, 4), **QUICK)
     with pytest.raises(InputError, match="of 5 labels, and the network knows 4"):

@@ -236,6 +236,28 @@ def test_images_are_what_the_paper_shows():
     assert {tuple(pixel) for n in range(4) for pixel in grey.image(n).reshape(-1, 3)} >= {(0, 0, 0), (127, 127, 127)}
 
 
+def test_a_window_lies_where_the_paper_says(monkeypatch):
+    seen = []
+
+    def spy(points, side, window, brush, loops):
+        low, high = points.min(1), points.max(1)
+        extent = high - low
+        seen.append((((window[1] - window[0]) / extent), (window[0] + window[1] - low - high) / 2 / extent))
+        return np.zeros((side, side))
+
+    monkeypatch.setattr(module, "draw", spy)
+    for number in range(60):
+        Fractals(size=16, background=False).image(number)
+    zoom, shift = (np.concatenate(parts) for parts in zip(*seen))
+    assert 0.5 <= zoom.min() < 0.6
+    assert 1.9 < zoom.max() <= 2.0
+    assert -0.2 <= shift.min() < -0.17
+    assert 0.17 < shift.max() <= 0.2
+    seen.clear()
+    MANY.image(0)
+    assert all(np.allclose(zoom, 1) and np.allclose(shift, 0) for zoom, shift in seen)
+
+
 def test_jitter_is_of_single_fractals_unless_asked_for(monkeypatch):
     called = []
     monkeypatch.setattr(module, "jitter_system", lambda system, rng: called.append(1) or system)
@@ -367,8 +389,13 @@ def test_a_wrong_address_is_explained(address, message):
 
 
 def test_wrong_arguments_are_explained():
-    with pytest.raises(InputError, match="from 0 to 6"):
+    with pytest.raises(InputError, match="0 to 6"):
         sample_singular_values(2, 6.5, np.random.default_rng(0))
+    with pytest.raises(InputError, match="one map or more"):
+        sample_singular_values(0, 0.0, np.random.default_rng(0))
+    for number in (-1, 5):
+        with pytest.raises(InputError, match="no class"):
+            SMALL.system(number)
     for maps in ((4, 2), (0, 3)):
         with pytest.raises(InputError, match="least and the largest number of maps"):
             sample_system(np.random.default_rng(0), maps)

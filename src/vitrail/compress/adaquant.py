@@ -135,6 +135,9 @@ def compress(
     """
     counts = {"steps": (steps, 1), "batch_size": (batch_size, 1), "bias_steps": (bias_steps, 0), "seed": (seed, 0)}
     widths = _check(budget, bits, layerwise, order, counts)
+    if next(model.parameters(), None) is None:
+        raise InputError(f"{type(model).__name__} has no convolution or linear layer to quantise")
+    calibration = _not_empty(calibration)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     before = float_bytes([*model.parameters(), *model.buffers()])
     images = first_images(calibration).to(next(model.parameters()).device)
@@ -216,6 +219,16 @@ def _check(
     return sorted({check_bits(width) for width in bits}, reverse=True)
 
 
+def _not_empty(batches: Batches) -> Batches:
+    """Return the stream without batches of no images, whose means are not numbers."""
+    if not callable(batches):
+        raise InputError(
+            f"calibration images are a {type(batches).__name__}, which cannot be started again and again: give a "
+            "function that returns an iterator of (images, targets), such as vitrail.data.batches.batches_of(...)"
+        )
+    return lambda: (batch for batch in batches() if len(batch[0]))
+
+
 # ---- layer by layer
 
 
@@ -239,6 +252,8 @@ class _Work:
         self.teacher, self.calibration, self.facts = teacher, calibration, facts
         self.layerwise, self.steps, self.batch_size, self.seed, self.memory = layerwise, steps, batch_size, seed, memory
         self.images = sum(len(images) for images, _ in calibration())
+        if next(iter(calibration()), None) is None:
+            raise InputError("calibration images came once and then no more: give a function that starts them anew")
         self.ranges = mean_ranges(teacher, [layer.name for layer in facts], calibration)
         self.errors: dict[tuple[str, int], tuple[float, float]] = {}
 

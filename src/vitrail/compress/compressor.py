@@ -6,6 +6,7 @@ The model that is given is not changed.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -36,8 +37,8 @@ class Budget:
         if all(value is None for value in given.values()):
             raise InputError(f"a budget needs at least one bound: give one of {', '.join(given)}")
         for name, value in given.items():
-            if value is not None and not 0 <= value < float("inf"):
-                raise InputError(f"budget {name} = {value} is not allowed: give a finite number from 0")
+            if value is not None and not (isinstance(value, Real) and 0 <= float(value) < float("inf")):
+                raise InputError(f"budget {name} = {value!r} is not allowed: give a finite number from 0")
 
 
 @dataclass(frozen=True)

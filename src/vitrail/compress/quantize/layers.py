@@ -70,12 +70,12 @@ def trace(model: nn.Module, batches: Batches) -> list[LayerFacts]:
 
 def first_images(batches: Batches) -> Tensor:
     """Return the first batch of images (B, 3, H, W), or raise when there is none."""
-    if not callable(batches):
-        raise InputError(
-            f"calibration images are a {type(batches).__name__}, which cannot be started again and again: give a "
-            "function that returns an iterator of (images, targets), such as vitrail.data.batches.batches_of(...)"
-        )
     for images, _ in batches():
+        if images.ndim != 4 or not images.is_floating_point():
+            raise InputError(
+                f"calibration images are {images.dtype} of shape {tuple(images.shape)}: give normalised floats "
+                "(B, 3, H, W)"
+            )
         return images
     raise InputError("compression needs calibration images: give at least one batch")
 

@@ -76,9 +76,9 @@ def sample_singular_values(count: int, factor: float, rng: np.random.Generator) 
     Raises:
         InputError: the factor cannot be reached.
     """
-    if not 0 <= factor <= 3 * count:
+    if count < 1 or not 0 <= factor <= 3 * count:
         raise InputError(
-            f"sigma-factor = {factor:g} is not allowed for {count} maps: give a number from 0 to {3 * count}"
+            f"sigma-factor = {factor:g} is not allowed for {count} maps: give one map or more, and 0 to {3 * count}"
         )
     values = np.empty((count, 2))
     left = factor
@@ -425,6 +425,8 @@ class Fractals:
 
     def system(self, number: int) -> Array:
         """Return the IFS code of a class: (N, 2, 3)."""
+        if not 0 <= number < self.classes:
+            raise InputError(f"{SLUG}: there is no class {number}: give a number from 0 to {self.classes - 1}")
         return sample_system(np.random.default_rng([self.seed, CODE, number]))
 
     def labels(self, number: int) -> tuple[int, ...]:
