@@ -12,6 +12,7 @@ from vitrail.checks.check import Verdict, paired
 
 
 def run(ctx):
+    (ctx.folder / "drawn.png").write_bytes(b"a picture")
     index = ctx.index()
     epochs = 0.2 if ctx.quick else 3.0
     arms = {
@@ -59,6 +60,7 @@ def test_a_full_check_judges_and_keeps_its_evidence(stranger, tmp_path):
     assert evidence["seeds"] == [0, 1, 2]
     (file,) = (tmp_path / "evidence").glob("strange-full-*.json")
     kept = json.loads(file.read_text())
+    assert file.with_name(f"{file.stem}-drawn.png").read_bytes() == b"a picture"
     assert kept["findings"][0]["arms"]["high"] == evidence["findings"][0]["arms"]["high"]
     assert kept["environment"]["packages"]["torch"]
     shown = "\n".join(lines(evidence))

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from vitrail.edits.surgery import replace_modules
+from vitrail.edits.surgery import apply_edits, replace_modules
 from vitrail.errors import InputError
+from vitrail.training.recipe import EditConfig
 
 
 def net() -> nn.Module:
@@ -44,3 +45,9 @@ def test_mode_and_device_carry_over():
 def test_no_match_lists_the_candidates():
     with pytest.raises(InputError, match=r"no batch normalisation in Sequential.*Conv2d x2.*ReLU x2"):
         replace_modules(net(), lambda _, m: isinstance(m, nn.BatchNorm2d), nn.Identity, what="batch normalisation")
+
+
+def test_an_option_that_an_edit_does_not_take_is_named():
+    edit = EditConfig(name="triplet_attention", options={"kernel": 3})
+    with pytest.raises(InputError, match="unknown option of triplet_attention 'kernel': did you mean 'kernel_size'"):
+        apply_edits(net(), [edit])

@@ -1,12 +1,14 @@
 import copy
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from timm.layers.coord_attn import CoordAttn
 from torch import nn
 
 import vitrail
@@ -135,6 +137,15 @@ def test_in_a_resnet_it_stands_between_the_last_normalisation_and_the_addition(n
     torch.testing.assert_close(flow(model, block, 32)[1], torch.relu(gated + shortcut))
 
 
+def test_a_seresnet_keeps_its_own_attention():
+    model = timm.create_model("seresnet18", num_classes=3)
+    own = model.layer1[0].se
+    block = triplet_attention()(model).layer1[0]
+    assert block.se[0] is own
+    assert isinstance(block.se[1], TripletAttention)
+    assert (block.se[1].hw.norm.weight == 0).all()
+
+
 def test_in_mobilenetv2_it_stands_after_every_block():
     model = stirred(triplet_attention()(create_model("mobilenetv2_100", num_classes=3)))
     assert len(modules_of(model)) == 17
@@ -187,6 +198,12 @@ def test_the_weights_and_modes_of_the_net_stay():
     assert not any(part.training for part in model.s1.modules())
     assert not any(part._forward_hooks for part in model.modules())
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_other_attention_with_a_shortcut_is_no_block():
+    with torch.device("meta"):
+        model = triplet_attention()(timm.create_model("efficientnet_b0", se_layer=partial(CoordAttn, has_skip=True)))
+    assert len(modules_of(model)) == 16
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2])
@@ -253,6 +270,8 @@ def test_published_sizes(name, published):
         ({"kernel_size": -1}, "kernel_size = -1"),
         ({"kernel_size": 7.0}, "kernel_size = 7.0"),
         ({"modules": "layer[1"}, "no regular expression"),
+        ({"modules": 5}, "modules = 5 is no regular expression"),
+        ({"modules": ["layer1"]}, "modules = ['layer1'] is no regular expression"),
     ],
 )
 def test_a_wrong_option_is_refused(options, words):

@@ -172,6 +172,22 @@ def test_shapes_that_do_not_fit_are_refused(loss, student, other, target, words)
         loss(torch.zeros(student), torch.zeros(other), torch.zeros(target, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("loss", [nkd_loss, uskd_loss])
+def test_class_numbers_are_integers_of_any_kind(loss):
+    student, other, target = drawn(5, 4, "numbers")
+    torch.testing.assert_close(loss(student, other, target.to(torch.uint8)), loss(student, other, target))
+    with pytest.raises(InputError, match="class numbers are integers"):
+        loss(student, other, target.float())
+
+
+def test_wrong_arguments_of_the_losses_are_refused():
+    student, other, target = drawn(5, 4, "numbers")
+    with pytest.raises(InputError, match=r"temperature = 0\.0"):
+        nkd_loss(student, other, target, temperature=0.0)
+    with pytest.raises(InputError, match=r"mean_square \(2,\) is not allowed: give \(1,\)"):
+        uskd_loss(student, other, target, mean_square=torch.zeros(2))
+
+
 # ---- the methods
 
 
@@ -287,6 +303,15 @@ def test_features_of_all_layouts_are_averaged_over_places():
     torch.testing.assert_close(USKD(model)._forward(images[..., :32, :32])[1], maps.mean((2, 3)))
 
 
+def test_a_layer_that_gives_several_maps_is_refused():
+    student, _ = nets()
+    method = USKD(student)
+    student.layer3.register_forward_hook(lambda _module, _inputs, output: (output, output))
+    student.layer4.register_forward_pre_hook(lambda _module, inputs: inputs[0][:1])
+    with pytest.raises(InputError, match=r"'layer3' of SmallResNet does not give one map.*method\.options\.level"):
+        method(batch())
+
+
 def test_another_level_can_be_asked_for():
     method = USKD(nets()[0], level=1)
     assert method.feature == "layer1"
@@ -334,6 +359,11 @@ class Bare(nn.Module):
     [
         (lambda s, t: NKD(s), "needs a teacher"),
         (lambda s, t: NKD(s, "runs/a"), "'runs/a'"),
+        (lambda s, t: NKD(s, s), "the student itself"),
+        (lambda s, t: NKD(s, t, gamma="1"), "gamma = '1'"),
+        (lambda s, t: NKD(s, t, temperature="3"), "temperature = '3'"),
+        (lambda s, t: USKD(s, smoothing=None), "smoothing = None"),
+        (lambda s, t: USKD(s, level="layer3"), "level = 'layer3'"),
         (lambda s, t: NKD(s, t, gamma=-1), "gamma = -1"),
         (lambda s, t: NKD(s, t, temperature=0), "temperature = 0"),
         (lambda s, t: NKD(s, t, smoothing=1), "smoothing = 1"),

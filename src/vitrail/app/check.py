@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,7 +40,8 @@ def check(
         data: images to use instead of the bundled ones: anything that ``vitrail fit`` takes.
         full: all arms at the size that a verdict needs, minutes; else quick, seconds, and the verdict is not judged.
         seeds: of each arm; 3 in full mode (the least), 1 in quick mode.
-        out: folder for the evidence, a file per run; nothing is written without one.
+        out: folder for the evidence, a file per run and the pictures that the check drew; nothing is written without
+            one.
         tell: takes lines of text about progress.
 
     Raises:
@@ -60,7 +62,13 @@ def check(
         torch.manual_seed(0)
         context = Context(not full, tuple(range(count)), Path(folder), data, tell)
         verdict: Verdict = module.run(context)
-    now = datetime.now(UTC)
+        now = datetime.now(UTC)
+        name = f"{slug}-{'full' if full else 'quick'}-{now:%Y%m%dT%H%M%SZ}"
+        pictures = sorted(Path(folder).glob("*.png"))
+        if out is not None and pictures:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            for picture in pictures:
+                shutil.copy(picture, Path(out) / f"{name}-{picture.name}")
     evidence = {
         "slug": slug,
         "mode": "full" if full else "quick",
@@ -76,7 +84,7 @@ def check(
         "environment": environment(),
     }
     if out is not None:
-        path = Path(out) / f"{slug}-{evidence['mode']}-{now:%Y%m%dT%H%M%SZ}.json"
+        path = Path(out) / f"{name}.json"
         write_json(path, evidence)
         evidence["path"] = str(path)
     return evidence

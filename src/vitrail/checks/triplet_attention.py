@@ -98,7 +98,7 @@ def _costs(arms: dict[str, list[Arm]]) -> list[dict[str, Any]]:
 def _maps(
     ctx: Context, index: Index, arms: dict[str, list[Arm]]
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-    """Draw the maps of some images into ``cams.png``; return the share of each arm's maps on bright pixels."""
+    """Draw the maps of some images; return the share of each arm's maps on bright pixels, and that of Grad-CAM."""
     preprocess = arms["base"][0].preprocess
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
     images = [

@@ -5,22 +5,32 @@ An edit is ``edit(**options) -> Callable[[nn.Module], nn.Module]``; most are a r
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable
 
 from torch import nn
 
 from vitrail.catalog import locate
-from vitrail.errors import InputError
+from vitrail.errors import InputError, unknown
 from vitrail.training.recipe import EditConfig
 
 Edit = Callable[[nn.Module], nn.Module]
 
 
 def apply_edits(model: nn.Module, edits: Iterable[EditConfig]) -> nn.Module:
-    """Apply edits by slug or import path, in order, in place; return the model."""
+    """Apply edits by slug or import path, in order, in place; return the model.
+
+    Raises:
+        InputError: an option that the edit does not take, or what the edit itself refuses.
+    """
     for edit in edits:
-        model = locate(edit.name, "edit")(**edit.options)(model)
+        make = locate(edit.name, "edit")
+        takes = inspect.signature(make).parameters
+        for option in edit.options:
+            if option not in takes and not any(value.kind is value.VAR_KEYWORD for value in takes.values()):
+                raise unknown(f"option of {edit.name}", option, takes)
+        model = make(**edit.options)(model)
     return model
 
 

@@ -105,7 +105,7 @@ def triplet_attention(*, kernel_size: int = 7, spatial: bool = True, modules: st
     TripletAttention(kernel_size)  # refuse a wrong size now, not when the edit is applied
     try:
         pattern = None if modules is None else re.compile(modules)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise InputError(
             f"triplet_attention: modules = {modules!r} is no regular expression ({error}): "
             r"give one that matches whole names of layers, such as 'layer\d\.\d'"
@@ -140,7 +140,7 @@ def _places(model: nn.Module) -> set[nn.Module]:
     for block in model.modules():
         if isinstance(block, (BasicBlock, Bottleneck)):
             places.add(block)
-        elif hasattr(block, "has_skip"):
+        elif _inverted(block):
             # A plain convolution of these nets is no block; a block that adds nothing is one, as published.
             if block.has_skip or not isinstance(block, ConvBnAct):
                 places.add(block)
@@ -154,6 +154,11 @@ def _places(model: nn.Module) -> set[nn.Module]:
         ):
             slots[slot] = block
     return places | {slots[slot] for slot in _passed_once(model, list(slots))}
+
+
+def _inverted(block: nn.Module) -> bool:
+    """Return whether this is a block of MobileNetV2's kin: attention of theirs may have ``has_skip``, too."""
+    return hasattr(block, "has_skip") and "drop_path" in dict(block.named_children())
 
 
 def _passed_once(model: nn.Module, slots: list[nn.Module]) -> list[nn.Module]:
@@ -189,7 +194,7 @@ def _finish(block: Any, attention: Callable[..., TripletAttention]) -> nn.Module
     if isinstance(block, (BasicBlock, Bottleneck)):
         # Their slot for attention is where the paper has it.
         block.se = attention(still=True) if block.se is None else nn.Sequential(block.se, attention(still=True))
-    elif hasattr(block, "has_skip"):
+    elif _inverted(block):
         # These skip drop_path where they add nothing, so it goes after the layer before that.
         names = [name for name, _ in block.named_children()]
         last = names[names.index("drop_path") - 1]

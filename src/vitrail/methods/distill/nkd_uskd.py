@@ -43,11 +43,13 @@ def nkd_loss(
         A scalar.
 
     Raises:
-        InputError: shapes that differ.
+        InputError: shapes that differ, class numbers that are no integers, or a temperature of 0 or below.
     """
     _check_shapes(student_logits, target, teacher_logits=teacher_logits)
+    if not temperature > 0:
+        raise InputError(f"temperature = {temperature} is not allowed: give a number above 0")
     student, teacher = _exact(student_logits), _exact(teacher_logits).detach()
-    label = (target if target.ndim == 1 else target.argmax(1))[:, None]  # (B, 1)
+    label = (target.long() if target.ndim == 1 else target.argmax(1))[:, None]  # (B, 1)
     of_target = -teacher.softmax(1).gather(1, label) * student.log_softmax(1).gather(1, label)  # (B, 1)
     hidden = torch.zeros_like(student, dtype=torch.bool).scatter(1, label, True)
     soft = (teacher / temperature).masked_fill(hidden, -torch.inf).softmax(1)
@@ -86,12 +88,14 @@ def uskd_loss(
         A scalar.
 
     Raises:
-        InputError: shapes that differ.
+        InputError: shapes that differ, or class numbers that are no integers.
     """
     _check_shapes(student_logits, target, weak_logits=weak_logits)
     student, weak = _exact(student_logits), _exact(weak_logits)
     log_s = student.log_softmax(1)
     label, share = _targets(target)  # (B, K)
+    if mean_square is not None and mean_square.shape != label.shape[1:]:
+        raise InputError(f"mean_square {tuple(mean_square.shape)} is not allowed: give ({label.shape[1]},)")
     present = share > 0
     hidden = torch.zeros_like(student, dtype=torch.bool).scatter(1, label, present)
 
@@ -99,13 +103,14 @@ def uskd_loss(
     with torch.no_grad():
         squares = target_squares(student, target)
         soft_t = share + squares - (squares.mean(0) if mean_square is None else mean_square)
-        soft_t = soft_t.to(student.dtype).where(present, 0)
+        soft_t = soft_t.to(student.dtype)
         zipf = 1 / _ranks(log_s, weak.softmax(1), hidden)
         zipf = zipf.to(student.dtype).masked_fill(hidden, 0)
         zipf = zipf / zipf.sum(1, keepdim=True).clamp_min(torch.finfo(zipf.dtype).tiny)  # none are left of two targets
     of_target = -(soft_t * log_s_t).sum(1)
     of_others = -(zipf * _log_softmax_without(student, hidden)).sum(1)
-    of_weak = F.cross_entropy(weak, target if target.ndim == 1 else target.to(weak), label_smoothing=WEAK_SMOOTHING)
+    weak_target = target.long() if target.ndim == 1 else target.to(weak)
+    of_weak = F.cross_entropy(weak, weak_target, label_smoothing=WEAK_SMOOTHING)
     return alpha * of_target.mean() + beta * of_others.mean() + mu * of_weak
 
 
@@ -121,7 +126,7 @@ def target_squares(student_logits: Tensor, target: Tensor) -> Tensor:
 def _targets(target: Tensor) -> tuple[Tensor, Tensor]:
     """Return the target classes and their shares, both (B, K)."""
     if target.ndim == 1:
-        return target[:, None], torch.ones_like(target)[:, None]
+        return target.long()[:, None], torch.ones_like(target)[:, None]
     share, label = target.topk(2, dim=1)
     return label, share
 
@@ -130,8 +135,8 @@ def _ranks(log_s: Tensor, w: Tensor, hidden: Tensor) -> Tensor:
     """Return the rank of every class, from 1, by the student's and the weak classifier's opinion, (B, C)."""
     s_t = (log_s * hidden).sum(1, keepdim=True)
     w_t = (w * hidden).sum(1, keepdim=True)
-    # The paper normalises probabilities of both; its code, from which the published figures come, has the logarithm of
-    # the student's here. The weak one's opinion weighs less for it.
+    # As the published code has it: probabilities of the weak classifier, but logarithms of the student's, whose opinion
+    # weighs more for it.
     score = w / (1 - w_t + 1e-6) + log_s / (1 - s_t + 1e-6)
     # The targets take part, so that the best of the other classes is at rank 2 where the target leads.
     return score.argsort(dim=1, descending=True).argsort(dim=1) + 1
@@ -153,6 +158,8 @@ def _check_shapes(student_logits: Tensor, target: Tensor, **others: Tensor) -> N
     for name, other in others.items():
         if tuple(other.shape) != shape:
             raise InputError(f"{name} {tuple(other.shape)} and student_logits {shape} differ: both have to be (B, C)")
+    if target.shape == shape[:1] and (target.is_floating_point() or target.dtype == torch.bool):
+        raise InputError(f"targets {shape[:1]} of {target.dtype} are not allowed: class numbers are integers")
     if tuple(target.shape) not in (shape, shape[:1]):
         raise InputError(
             f"targets {tuple(target.shape)} do not fit student_logits {shape}: give class numbers (B,) or "
@@ -189,14 +196,16 @@ class NKD(Method):
         multilabel: bool = False,
     ) -> None:
         super().__init__(model)
+        if teacher is model:
+            raise InputError("NKD: the teacher is the student itself, which would be frozen: give another network")
         if not isinstance(teacher, nn.Module):
             raise InputError(
                 f"NKD needs a teacher and got {teacher!r}: set method.options.teacher to the folder of a finished run "
                 "of the same classes, or use nkd_uskd, which needs none"
             )
         _check_options("NKD", multilabel, smoothing, gamma=gamma)
-        if not 0 < temperature < float("inf"):
-            raise InputError(f"method.options.temperature = {temperature} is not allowed: give a number above 0")
+        if not (_is_number(temperature) and 0 < temperature < float("inf")):
+            raise InputError(f"method.options.temperature = {temperature!r} is not allowed: give a number above 0")
         self.gamma, self.temperature, self.smoothing = gamma, temperature, smoothing
         # In a tuple, a module is hidden from parameters(), state_dict() and train().
         self._teacher = (teacher.eval().requires_grad_(False),)
@@ -260,9 +269,9 @@ class USKD(Method):
         levels = _levels(model)
         if level is None:
             level = _middle(levels, getattr(model, "num_features", None))
-        elif not -len(levels) <= level < len(levels):
+        elif not isinstance(level, int) or not -len(levels) <= level < len(levels):
             raise InputError(
-                f"method.options.level = {level} is not allowed: {type(model).__name__} has {len(levels)} levels, "
+                f"method.options.level = {level!r} is not allowed: {type(model).__name__} has {len(levels)} levels, "
                 f"numbered from 0; give one of them"
             )
         self.feature: str = levels[level]["module"]
@@ -299,6 +308,11 @@ class USKD(Method):
             raise InputError(
                 f"USKD: {type(self.model).__name__} went past its layer {self.feature!r} in training; "
                 "set train.grad_checkpointing=false, or choose another feature by method.options.level"
+            )
+        if not isinstance(outputs[0], Tensor) or outputs[0].ndim not in (3, 4):
+            raise InputError(
+                f"USKD: the layer {self.feature!r} of {type(self.model).__name__} does not give one map of features: "
+                "choose another by method.options.level"
             )
         return logits, _pooled(self.model, outputs[0])
 
@@ -344,13 +358,17 @@ def _pooled(model: Any, feature: Tensor) -> Tensor:
     return feature[:, 0] if getattr(model, "cls_token", None) is not None else feature.mean(1)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
 def _check_options(name: str, multilabel: bool, smoothing: float, **weights: float) -> None:
     if multilabel:
         raise InputError(
             f"{name} is for one label per image, and these data have several: use method.name='supervised'"
         )
-    if not 0 <= smoothing < 1:
-        raise InputError(f"method.options.smoothing = {smoothing} is not allowed: give a number in [0, 1)")
+    if not (_is_number(smoothing) and 0 <= smoothing < 1):
+        raise InputError(f"method.options.smoothing = {smoothing!r} is not allowed: give a number in [0, 1)")
     for key, weight in weights.items():
-        if not 0 <= weight < float("inf"):
-            raise InputError(f"method.options.{key} = {weight} is not allowed: give a finite number from 0")
+        if not (_is_number(weight) and 0 <= weight < float("inf")):
+            raise InputError(f"method.options.{key} = {weight!r} is not allowed: give a finite number from 0")
