@@ -94,10 +94,9 @@ def ggem(*, groups: int | None = None, p: float = 3.0) -> Edit:
 
     def edit(model: nn.Module) -> nn.Module:
         surface: Any = model
-        device = next((parameter.device for parameter in model.parameters()), None)
 
         def pooling(**layout: Any) -> GGeM:
-            return GGeM(_heads(model) if groups is None else groups, p, **layout).to(device)
+            return GGeM(_heads(model) if groups is None else groups, p, **layout)
 
         def before(layer: nn.Module) -> nn.Module:
             tokens = pooling(skip=surface.num_prefix_tokens)

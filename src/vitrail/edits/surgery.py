@@ -43,7 +43,8 @@ def replace_modules(
 ) -> nn.Module:
     """Replace every module for which ``matches(name, module)`` holds by ``build(module)``, in place.
 
-    A replaced module's own children are not visited; the new module takes over training mode and device of the old one.
+    A replaced module's own children are not visited; the new module takes over training mode and device of the old one,
+    or the model's device where the old one holds no tensors.
 
     Raises:
         InputError: nothing matched; the text lists the kinds of module that the model has.
@@ -56,7 +57,7 @@ def replace_modules(
             path = f"{prefix}{name}"
             if matches(path, child):
                 new = build(child).train(child.training)
-                tensor = next(iter([*child.parameters(), *child.buffers()]), None)
+                tensor = next(iter([*child.parameters(), *child.buffers(), *model.parameters()]), None)
                 if tensor is not None:
                     new = new.to(tensor.device)
                 setattr(parent, name, new)
