@@ -422,12 +422,16 @@ def test_bits_follow_a_budget_of_bytes(trained, calibration):
 
 def test_bits_go_to_the_layers_that_lose_most(trained, calibration, monkeypatch):
     # Layer 6 alone loses anything by fewer bits.
+    seen = []
+
     def measure(network, batches, by_accuracy):
+        seen.append([network.get_submodule(name).bits for name in ("0", "3", "6", "10")])
         return 1.0 + 10.0 * (network.get_submodule("6").bits == 4)
 
     monkeypatch.setattr(module, "_measure", measure)
     report = compress(trained, calibration, Budget(bytes=900), bits=(8, 4), **QUICK).report
     assert {entry["name"]: entry["bits"] for entry in report["layers"]}["6"] == 8
+    assert seen == [[8] * 4, [4, 8, 8, 8], [8, 4, 8, 8], [8, 8, 4, 8], [8, 8, 8, 4]]  # one layer at a time
     assert report["bytes"] <= 900
     losses = {entry["name"]: entry["loss"] for entry in report["layers"] if entry["bits"] == 4}
     assert losses

@@ -52,6 +52,19 @@ def test_small_losses_are_not_lost_in_the_tolerance():
     assert choice == [0, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-3, 1e6])
+def test_losses_of_any_size_are_told_apart(size):
+    objective = [[size * loss, 0.0] for loss in (3.0, 1.0, 2.0, 2.9)]
+    assert allocate(objective, [Limit("bytes", [[0.0, 1.0]] * 4, 2.0)]) == [1, 0, 0, 1]
+
+
+def test_a_limit_missed_by_a_hair_is_not_kept():
+    # Less than the solver's tolerance, which takes all three.
+    sizes = [[0.0, 1.0]] * 3
+    choice = allocate([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0]], [Limit("bytes", sizes, 3.0 - 1e-7)])
+    assert choice == [0, 1, 1]
+
+
 def test_without_a_limit_each_layer_takes_its_best():
     assert allocate([[3.0, 1.0, 2.0], [0.0], [5.0, 4.0]], []) == [1, 0, 1]
 
