@@ -1,0 +1,138 @@
+"""The selective scan in machine code for CPUs, forward and backward, compiled by numba at the first call.
+
+Threads share out batches and channels. A task goes through its sequences in chunks, so that B and C of a chunk stay in
+the first cache for all its channels; states before each chunk are kept, and the backward pass computes those inside
+again, so that memory grows with the length as inputs and outputs do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitrail.errors import require
+
+CHUNK = 32
+"""Steps between two states that are kept."""
+SERIAL_WORK = 1 << 16
+"""Updates of one element of a state (some 50 microseconds) below which a second thread costs more than it saves."""
+
+
+def selective_scan_compiled(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the same as ``selective_scan_reference``, for real float32 on a CPU.
+
+    Raises:
+        MissingExtra: numba is not installed.
+    """
+    y, last, _ = _scan(
+        *(x.contiguous() for x in (u, delta, A)), *(x.transpose(2, 3).contiguous() for x in (B, C)), state.contiguous()
+    )
+    return y, last
+
+
+# ---- what torch sees: an operator with a gradient; B and C are (B, G, L, N) here
+
+
+@torch.library.custom_op("vitrail::selective_scan", mutates_args=())
+def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y (B, D, L), the last state (B, D, N), and the states before each chunk (B, D, L / CHUNK, N)."""
+    batch, channels, length = u.shape
+    y, last = torch.empty_like(u), state.clone()
+    before = u.new_empty(batch, channels, -(-length // CHUNK), A.shape[1])
+    arrays = [x.detach().numpy() for x in (u, delta, A, B, C, last, y, before)]
+    _share(_kernels().forward, _tasks(batch, channels, B.shape[1]), arrays, length * A.shape[1])
+    return y, last, before
+
+
+@_scan.register_fake
+def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    chunks = (u.shape[2] + CHUNK - 1) // CHUNK
+    return torch.empty_like(u), torch.empty_like(state), u.new_empty(u.shape[0], u.shape[1], chunks, A.shape[1])
+
+
+@torch.library.custom_op("vitrail::selective_scan_backward", mutates_args=())
+def _scan_backward(
+    dy: Tensor, dlast: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of u, delta, A, B, C and of the first state."""
+    batch, channels, length = u.shape
+    tasks = _tasks(batch, channels, B.shape[1])
+    # Channels of one group that are in different tasks add up their gradients of B and C apart.
+    parts = max(task.part for task in tasks) + 1
+    du, ddelta, dstate = torch.empty_like(u), torch.empty_like(u), dlast.clone()
+    dA = u.new_zeros(batch, *A.shape)
+    dB, dC = (u.new_zeros(parts, *B.shape) for _ in range(2))
+    tensors = (dy, u, delta, A, B, C, before, du, ddelta, dA, dB, dC, dstate)
+    _share(_kernels().backward, tasks, [x.detach().numpy() for x in tensors], 3 * length * A.shape[1])
+    return du, ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dstate
+
+
+@_scan_backward.register_fake
+def _(dy: Tensor, dlast: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, before: Tensor) -> Any:
+    return tuple(torch.empty_like(x) for x in (u, delta, A, B, C, dlast))
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    u, delta, A, B, C, _ = inputs
+    ctx.save_for_backward(u, delta, A, B, C, output[2])
+
+
+def _gradient(ctx: Any, dy: Tensor, dlast: Tensor, dbefore: Tensor) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = _scan_backward(dy.contiguous(), dlast.contiguous(), *ctx.saved_tensors)
+    return found
+
+
+_scan.register_autograd(_gradient, setup_context=_keep)
+
+
+@cache
+def _kernels() -> ModuleType:
+    """Import the machine code, which takes a second, and some ten the first time on a machine."""
+    require("numba", "fast")
+    from vitrail.layers.scan import kernels
+
+    return kernels
+
+
+# ---- threads
+
+
+class _Task(NamedTuple):
+    image: int
+    first: int
+    last: int
+    """Channels, of one group."""
+    part: int
+
+
+def _tasks(batch: int, channels: int, groups: int) -> list[_Task]:
+    """Return tasks, at least as many as threads where there are channels enough."""
+    size = channels // groups
+    parts = min(size, -(-torch.get_num_threads() // (batch * groups)))
+    edges = [size * part // parts for part in range(parts + 1)]
+    return [
+        _Task(image, group * size + edges[part], group * size + edges[part + 1], part)
+        for image in range(batch)
+        for group in range(groups)
+        for part in range(parts)
+    ]
+
+
+def _share(kernel: Callable[..., None], tasks: list[_Task], arrays: list[np.ndarray], work: int) -> None:
+    threads = min(torch.get_num_threads(), len(tasks))
+    if threads == 1 or work * sum(task.last - task.first for task in tasks) < SERIAL_WORK:
+        for task in tasks:
+            kernel(*task, *arrays)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(kernel, *task, *arrays) for task in tasks]:
+            done.result()

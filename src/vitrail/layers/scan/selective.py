@@ -1,0 +1,121 @@
+"""The selective scan of Mamba (S6): one operator, several forms.
+
+Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), https://arxiv.org/abs/2312.00752.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitrail.errors import InputError, unknown
+from vitrail.layers.scan.compiled import selective_scan_compiled
+from vitrail.layers.scan.portable import selective_scan_portable
+from vitrail.layers.scan.reference import selective_scan_reference
+
+Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+SCAN_FORMS: dict[str, Form] = {
+    "compiled": selective_scan_compiled,
+    "portable": selective_scan_portable,
+    "reference": selective_scan_reference,
+}
+"""``compiled``: machine code for CPUs, by numba (the extra ``fast``); ``portable``: torch operators alone;
+``reference``: a slow loop."""
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    softplus: bool = False,
+    state: Tensor | None = None,
+    form: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the selective scan of ``u`` and the last state.
+
+    With delta' = softplus(delta + delta_bias): h_l = exp(delta'_l A) h_(l-1) + delta'_l B_l u_l, and
+    y_l = (C_l h_l + D u_l) silu(z_l); for a complex A, 2 Re(C_l h_l) in the place of C_l h_l. States are float32, or
+    float64 if ``A`` is.
+
+    Args:
+        u: (B, D, L), of any floating dtype.
+        delta: step sizes, (B, D, L).
+        A: (D, N), real or complex; its real part is below zero in all published networks.
+        B, C: (B, N, L), or (B, G, N, L) for G groups of channels; G divides D.
+        D: (D,), or None for none.
+        z: gate, (B, D, L), or None for none.
+        delta_bias: (D,), or None for none.
+        softplus: whether delta goes through softplus, after the bias.
+        state: before the first step, (B, D, N); zero by default.
+        form: a name of ``SCAN_FORMS``; by default the fastest that can be had, which ``scan_form`` names.
+
+    Returns:
+        y (B, D, L) in the dtype of ``u``, and the state after the last step (B, D, N).
+
+    Raises:
+        InputError: shapes that do not go together.
+        MissingExtra: ``form = "compiled"`` without numba.
+    """
+    B, C = (x.unsqueeze(1) if x.ndim == 3 else x for x in (B, C))
+    _check(u, delta, A, B, C, state)
+    kind = torch.float64 if A.dtype in (torch.float64, torch.complex128) else torch.float32
+    x, step = u.to(kind), delta.to(kind)
+    if delta_bias is not None:
+        step = step + delta_bias.to(kind)[:, None]
+    if softplus:
+        step = F.softplus(step)
+    inner = A.dtype if A.is_complex() else kind
+    if state is None:
+        state = torch.zeros(u.shape[0], *A.shape, dtype=inner, device=u.device)
+    B, C = (value if value.is_complex() else value.to(kind) for value in (B, C))
+    name = scan_form(u, A) if form is None else form
+    if name not in SCAN_FORMS:
+        raise unknown("form of the scan", name, SCAN_FORMS, f"there are {', '.join(SCAN_FORMS)}")
+    y, last = SCAN_FORMS[name](x, step, A.to(inner), B, C, state.to(inner))
+    if D is not None:
+        y = torch.addcmul(y, x, D.to(kind)[:, None])
+    if z is not None:
+        y = y * F.silu(z.to(kind))
+    return y.to(u.dtype), last
+
+
+def scan_form(u: Tensor, A: Tensor) -> str:
+    """Return the name of the form that ``selective_scan`` takes for such inputs on this machine."""
+    real = A.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return "compiled" if u.device.type == "cpu" and real and _has_numba() else "portable"
+
+
+@cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None) -> None:
+    if u.ndim != 3 or delta.shape != u.shape or u.shape[2] == 0:
+        raise InputError(
+            f"selective_scan: u {tuple(u.shape)} and delta {tuple(delta.shape)} must be (B, D, L), L at least 1"
+        )
+    batch, channels, length = u.shape
+    if A.ndim != 2 or A.shape[0] != channels:
+        raise InputError(f"selective_scan: A {tuple(A.shape)} must be (D, N) with D = {channels} as in u")
+    for name, value in (("B", B), ("C", C)):
+        fits = value.ndim == 4 and (value.shape[0], *value.shape[2:]) == (batch, A.shape[1], length)
+        if not fits or channels % value.shape[1] or value.shape != B.shape:
+            raise InputError(
+                f"selective_scan: {name} {tuple(value.shape)} must be ({batch}, G, {A.shape[1]}, {length}), where the "
+                f"number of groups G divides {channels} and is the same for B and C"
+            )
+    if state is not None and state.shape != (batch, *A.shape):
+        raise InputError(f"selective_scan: state {tuple(state.shape)} must be {(batch, *A.shape)}")
