@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import tomllib
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -33,17 +34,31 @@ def mutations() -> list[dict[str, str]]:
 
 def run(tests: list[str], source: Path) -> bool:
     """Return whether tests pass against the package in ``source``; raise if they cannot be run."""
-    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1, 2):  # 2: the mutation breaks the import already
-        raise SystemExit(f"cannot run {tests}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.returncode == 0
+    child = os.fork()
+    if not child:
+        sys.path.insert(0, str(source))
+        os.environ["PYTHONPATH"] = str(source)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        import vitrail
+
+        right = Path(vitrail.__file__).is_relative_to(source)
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])) if right else 99)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code not in (0, 1, 2):  # 2: the mutation breaks the import already
+        raise SystemExit(f"cannot run {' '.join(tests)} against {source}: pytest ended with {code}")
+    return code == 0
 
 
 def main() -> None:
     """Run the mutations of the systems named on the command line, or all."""
     chosen = [entry for entry in mutations() if not sys.argv[1:] or entry["system"] in sys.argv[1:]]
+    os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
+    import timm  # noqa: F401 - so that every fork has it, and torch
+    import torch  # noqa: F401
+
     survived = 0
     named = sorted({entry["test"] for entry in chosen})
     if named and not run(named, ROOT / "src"):
