@@ -200,6 +200,26 @@ def test_which_form_runs_can_be_asked(monkeypatch):
     assert set(FORMS) < set(SCAN_FORMS)
 
 
+@pytest.mark.parametrize("ask", ["torch.compiler.is_exporting", "torch.onnx.is_in_onnx_export"])
+def test_an_export_takes_the_portable_form(monkeypatch, ask):
+    monkeypatch.setattr("vitrail.layers.scan.selective._has_numba", lambda: True)
+    monkeypatch.setattr(ask, lambda: True)
+    assert scan_form(torch.zeros(1, 2, 3), torch.zeros(2, 4)) == "portable"
+
+
+def test_an_exported_program_holds_torchs_operators_alone():
+    class Scan(torch.nn.Module):
+        def forward(self, u, delta, A, B, C):
+            return selective_scan(u, delta, A, B, C, softplus=True)[0]
+
+    given = tuple(
+        value.detach() for name, value in inputs(2, 4, 9, 3, 1).items() if name in ("u", "delta", "A", "B", "C")
+    )
+    program = torch.export.export(Scan(), given)
+    assert not [node.target for node in program.graph.nodes if "vitrail" in str(node.target)]
+    torch.testing.assert_close(program.module()(*given), Scan()(*given), rtol=1e-4, atol=1e-5)
+
+
 def test_threads_do_not_change_the_answer():
     pytest.importorskip("numba")
     given = inputs(1, 48, 200, 16, 1)

@@ -92,7 +92,12 @@ def selective_scan(
 
 
 def scan_form(u: Tensor, A: Tensor) -> str:
-    """Return the name of the form that ``selective_scan`` takes for such inputs on this machine."""
+    """Return the name of the form that ``selective_scan`` takes for such inputs on this machine.
+
+    While a model is exported it is ``portable``: a file for another runtime cannot hold our machine code.
+    """
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return "portable"
     real = A.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return "compiled" if u.device.type == "cpu" and real and _has_numba() else "portable"
 
