@@ -22,7 +22,8 @@ WINDOWS, QUICK_WINDOWS = (7, 4), (4, 2)
 LAST, FIRST = ((2, 3), (1,)), ((0, 1), (0,))
 WIDER = 4.45
 """Ratio of the feed-forward layers that gives a net of mixers alone the parameters of one with attention."""
-PASSES = 8_000
+PASSES = 5_600
+"""Of images, for each arm: minutes for twelve nets on two cores."""
 PUBLISHED = {
     "mambavision_t": (31.8, 4.4, 224),
     "mambavision_t2": (35.1, 5.1, 224),
