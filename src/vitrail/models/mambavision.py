@@ -287,7 +287,7 @@ class MambaVision(nn.Module):
         self.apply(_init_weights)
 
     def no_weight_decay(self) -> set[str]:
-        """Return patterns of the matrices that are not decayed: were ``A_log`` zero, all states would forget at one pace."""
+        """Return patterns of matrices that are not decayed: with ``A_log`` at 0 all states forget at one pace."""
         return {"*.A_log"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
