@@ -55,7 +55,7 @@ def _exp2(x: Any) -> Any:
     """Return 2^x, without a branch or a call, so that a loop of it becomes vector code."""
     x = min(max(x, LOW), HIGH)
     whole = np.int32(x + ROUNDING)  # x + 127, rounded: the exponent's bits
-    f = x - np.float32(whole - BIAS)  # in integers: the compiler would reorder (x - whole) + 127 and lose bits
+    f = x - np.float32(np.int32(whole - BIAS))  # integers, as the compiler may reorder floats and lose bits
     series = C0 + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6)))))
     return _float_of_bits(np.int32(whole << np.int32(23))) * series
 
