@@ -2,6 +2,8 @@ import io
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -304,6 +306,43 @@ def test_stopping_early_leaves_no_worker():
     assert worker
     batches.close()
     assert not _workers() & worker
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_killed_reader_leaves_neither_workers_nor_their_server(tmp_path):
+    program = tmp_path / "reader.py"
+    program.write_text(
+        "import multiprocessing, sys, time\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_loader import FakeIndex, load, pictures\n"
+        "if __name__ == '__main__':\n"
+        "    batches = iter(load(FakeIndex(pictures(32)), batch_size=2, workers=1))\n"
+        "    next(batches)\n"
+        "    print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "    time.sleep(100)\n"
+    )
+    with subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True) as reader:
+        (worker,) = (int(pid) for pid in reader.stdout.readline().split())
+        server = int(_status(worker)[1])
+        assert server != reader.pid
+        reader.kill()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and (_runs(worker) or _runs(server)):
+        time.sleep(0.1)
+    assert not _runs(worker)
+    assert not _runs(server)
+
+
+def _status(pid):
+    """State and parent of a process."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+
+
+def _runs(pid):
+    try:
+        return _status(pid)[0] != "Z"  # ended, and nobody has asked how
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _workers():

@@ -5,6 +5,9 @@ A worker builds whole batches. Nothing here grows with the data set but the orde
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -69,6 +72,7 @@ class Loader:
                 sampler=self._numbers,
                 num_workers=self._workers,
                 collate_fn=_unchanged,
+                worker_init_fn=_end_with_parent,
                 multiprocessing_context=context,
                 generator=torch.Generator(),  # else the global generator would be drawn from
             )
@@ -86,6 +90,23 @@ class Loader:
                     "/dev/shm is full: run again with fewer workers (train.workers), 0 for none"
                 ) from error
             yield batch
+
+
+def _end_with_parent(_: int) -> None:
+    """Start a thread that ends this worker when the process that reads from it has ended, however it did.
+
+    torch's workers watch the process that forked them, which here is the fork server; it waits for them in turn, so
+    that a killed run would leave both behind.
+    """
+    reader = multiprocessing.parent_process()
+    if reader is None:  # not in a worker
+        return
+
+    def watch() -> None:
+        reader.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def make_loader(
