@@ -700,3 +700,13 @@ def test_the_check_runs(tmp_path):
     }
     assert all(-0.02 < value <= 1 for finding in verdict.findings for arm in finding.arms.values() for value in arm)
     assert verdict.tables
+
+
+def test_the_check_leaves_out_what_cannot_be_read(tmp_path):
+    from PIL import Image
+
+    from vitrail.checks.adaquant import _readable
+
+    (tmp_path / "a.png").write_bytes(b"no image")
+    Image.new("RGB", (3, 2)).save(tmp_path / "b.png")
+    assert [image.size for image in _readable(sorted(tmp_path.iterdir()))] == [(3, 2)]
