@@ -18,11 +18,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerScale, Mlp, SelectAdaptivePool2d, trunc_normal_
+from timm.layers import DropPath, LayerScale, Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
+from vitrail.layers.pooling import global_pooling
 from vitrail.layers.scan import selective_scan
 
 STATES = 8
@@ -181,8 +182,6 @@ class Stage(nn.Module):
 
 # ---- the net ---------------------------------------------------------------------------------------------------------
 
-POOLS = ("avg", "max", "avgmax", "")
-
 
 class MambaVision(nn.Module):
     """MambaVision with timm's surface; features at strides 4, 8, 16, 32 for images of any size.
@@ -202,7 +201,7 @@ class MambaVision(nn.Module):
             published: the last half, rounded down.
         layer_scale: initial factor of each branch of the hybrid stages; 0 is none.
         stem_stride: 1, 2 or 4 pixels per place of the first stage.
-        global_pool: one of ``POOLS``; ``""`` only without classifier.
+        global_pool: one of ``layers.pooling.POOLS``; ``""`` only without classifier.
         drop_rate: dropout before the classifier, in [0, 1).
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first, in [0, 1).
 
@@ -321,12 +320,7 @@ class MambaVision(nn.Module):
         """
         self.num_classes = num_classes
         if global_pool is not None:
-            if global_pool not in POOLS or (num_classes and not global_pool):
-                raise InputError(
-                    f"global_pool = {global_pool!r} is not allowed: give one of avg, max and avgmax, or '' with "
-                    "num_classes = 0"
-                )
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            self.global_pool = global_pooling(global_pool, num_classes)
         self.head: nn.Module = nn.Identity()
         if num_classes:
             place = self.norm.weight

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerScale, SelectAdaptivePool2d, trunc_normal_
+from timm.layers import DropPath, LayerScale, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
+from vitrail.layers.pooling import global_pooling
 
 # ---- the mathematics -------------------------------------------------------------------------------------------------
 
@@ -263,8 +264,6 @@ class Stage(nn.Module):
 
 # ---- the net ---------------------------------------------------------------------------------------------------------
 
-POOLS = ("avg", "max", "avgmax", "")
-
 
 class RMT(nn.Module):
     """RMT with timm's surface; features at strides 4, 8, 16, 32 for images of any size.
@@ -284,7 +283,7 @@ class RMT(nn.Module):
         head_width: channels of the projection before the pooling.
         token_head: adds a classifier of every place; the largest answer of all places counts half.
         stem_stride: 1, 2 or 4 pixels per place of the first stage.
-        global_pool: one of ``POOLS``; ``""`` only without classifier.
+        global_pool: one of ``layers.pooling.POOLS``; ``""`` only without classifier.
         drop_rate: dropout before the classifier, in [0, 1).
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first, in [0, 1).
 
@@ -409,12 +408,7 @@ class RMT(nn.Module):
         """
         self.num_classes = num_classes
         if global_pool is not None:
-            if global_pool not in POOLS or (num_classes and not global_pool):
-                raise InputError(
-                    f"global_pool = {global_pool!r} is not allowed: give one of avg, max and avgmax, or '' with "
-                    "num_classes = 0"
-                )
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+            self.global_pool = global_pooling(global_pool, num_classes)
 
         def linear(width: int) -> nn.Module:
             layer = nn.Linear(width, num_classes, device=self.proj.weight.device, dtype=self.proj.weight.dtype)

@@ -131,8 +131,8 @@ def _share(kernel: Callable[..., None], tasks: list[_Task], arrays: list[np.ndar
     threads = min(torch.get_num_threads(), len(tasks))
     if threads == 1 or work * sum(task.last - task.first for task in tasks) < SERIAL_WORK:
         for task in tasks:
-            kernel(*task, *arrays)
+            kernel(*task, *arrays, CHUNK)
         return
     with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(kernel, *task, *arrays) for task in tasks]:
+        for done in [pool.submit(kernel, *task, *arrays, CHUNK) for task in tasks]:
             done.result()

@@ -1,7 +1,8 @@
 """Machine code of the selective scan. Importing this needs numba; ``compiled`` is how to use it.
 
 All arrays are contiguous float32: u, delta, y (B, D, L), A (D, N), B, C (B, G, L, N), states (B, D, N), those before
-each chunk (B, D, chunks, N). A call does the channels ``first`` to ``last`` of one image, all of one group.
+each chunk of ``chunk_steps`` steps (B, D, chunks, N). A call does the channels ``first`` to ``last`` of one image, all of
+one group.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic as untyped_intrinsic
 
-CHUNK = 32
-"""Steps between two states that are kept."""
 LANES = 16
 """Channels side by side in vectors."""
 FLAGS: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy", "boundscheck": False}
@@ -61,13 +60,13 @@ def _exp2(x: Any) -> Any:
 
 
 @numba.njit(cache=True, **FLAGS)
-def forward(b, first, last, part, u, delta, A, B, C, state, y, before):  # type: ignore[no-untyped-def]
+def forward(b, first, last, part, u, delta, A, B, C, state, y, before, chunk_steps):  # type: ignore[no-untyped-def]
     """Write y, the states before each chunk, and the last state into that before the first step."""
     length, size = u.shape[2], A.shape[1]
     g = first // (u.shape[1] // B.shape[1])
-    now = numba.carray(_stack(CHUNK * LANES), (CHUNK, LANES))
-    x = numba.carray(_stack(CHUNK * LANES), (CHUNK, LANES))
-    total = numba.carray(_stack(CHUNK * LANES), (CHUNK, LANES))
+    now = numba.carray(_stack(chunk_steps * LANES), (chunk_steps, LANES))
+    x = numba.carray(_stack(chunk_steps * LANES), (chunk_steps, LANES))
+    total = numba.carray(_stack(chunk_steps * LANES), (chunk_steps, LANES))
     rate = numba.carray(_stack(size * LANES), (size, LANES))
     h = numba.carray(_stack(size * LANES), (size, LANES))
     for d in range(first, last, LANES):
@@ -78,8 +77,8 @@ def forward(b, first, last, part, u, delta, A, B, C, state, y, before):  # type:
                 rate[n, k] = A[d + k, n] * LOG2_E
                 h[n, k] = state[b, d + k, n]
         for chunk in range(before.shape[2]):
-            start = chunk * CHUNK
-            steps = min(CHUNK, length - start)
+            start = chunk * chunk_steps
+            steps = min(chunk_steps, length - start)
             for k in range(width):
                 for n in range(size):
                     before[b, d + k, chunk, n] = h[n, k]
@@ -105,21 +104,21 @@ def forward(b, first, last, part, u, delta, A, B, C, state, y, before):  # type:
 
 @numba.njit(cache=True, **FLAGS)
 def backward(  # type: ignore[no-untyped-def]
-    b, first, last, part, dy, u, delta, A, B, C, before, du, ddelta, dA, dB, dC, dstate
+    b, first, last, part, dy, u, delta, A, B, C, before, du, ddelta, dA, dB, dC, dstate, chunk_steps
 ):
     """Write or add up all gradients; that of the last state becomes that of the first."""
     length, size = u.shape[2], A.shape[1]
     g = first // (u.shape[1] // B.shape[1])
-    now = numba.carray(_stack(CHUNK * LANES), (CHUNK, LANES))
-    x = numba.carray(_stack(CHUNK * LANES), (CHUNK, LANES))
-    slope = numba.carray(_stack(CHUNK * LANES), (CHUNK, LANES))
-    dx = numba.carray(_stack(CHUNK * LANES), (CHUNK, LANES))
-    dnow = numba.carray(_stack(CHUNK * LANES), (CHUNK, LANES))
+    now = numba.carray(_stack(chunk_steps * LANES), (chunk_steps, LANES))
+    x = numba.carray(_stack(chunk_steps * LANES), (chunk_steps, LANES))
+    slope = numba.carray(_stack(chunk_steps * LANES), (chunk_steps, LANES))
+    dx = numba.carray(_stack(chunk_steps * LANES), (chunk_steps, LANES))
+    dnow = numba.carray(_stack(chunk_steps * LANES), (chunk_steps, LANES))
     rate = numba.carray(_stack(size * LANES), (size, LANES))
     drate = numba.carray(_stack(size * LANES), (size, LANES))
     dh = numba.carray(_stack(size * LANES), (size, LANES))
-    kept = numba.carray(_stack(CHUNK * size * LANES), (CHUNK, size, LANES))
-    states = numba.carray(_stack((CHUNK + 1) * size * LANES), (CHUNK + 1, size, LANES))
+    kept = numba.carray(_stack(chunk_steps * size * LANES), (chunk_steps, size, LANES))
+    states = numba.carray(_stack((chunk_steps + 1) * size * LANES), (chunk_steps + 1, size, LANES))
     for d in range(first, last, LANES):
         width = min(LANES, last - d)
         rate[:], drate[:], dh[:], now[:], x[:], slope[:], states[:] = 0, 0, 0, 0, 0, 0, 0
@@ -128,8 +127,8 @@ def backward(  # type: ignore[no-untyped-def]
                 rate[n, k] = A[d + k, n] * LOG2_E
                 dh[n, k] = dstate[b, d + k, n]
         for chunk in range(before.shape[2] - 1, -1, -1):
-            start = chunk * CHUNK
-            steps = min(CHUNK, length - start)
+            start = chunk * chunk_steps
+            steps = min(chunk_steps, length - start)
             for k in range(width):
                 for n in range(size):
                     states[0, n, k] = before[b, d + k, chunk, n]
