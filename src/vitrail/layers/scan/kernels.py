@@ -1,8 +1,8 @@
 """Machine code of the selective scan. Importing this needs numba; ``compiled`` is how to use it.
 
 All arrays are contiguous float32: u, delta, y (B, D, L), A (D, N), B, C (B, G, L, N), states (B, D, N), those before
-each chunk of ``chunk_steps`` steps (B, D, chunks, N). A call does the channels ``first`` to ``last`` of one image, all of
-one group.
+each chunk of ``chunk_steps`` steps (B, D, chunks, N). A call does the channels ``first`` to ``last`` of one image, all
+of one group.
 """
 
 from __future__ import annotations
