@@ -26,6 +26,7 @@ from vitrail.data.preprocess import Preprocess
 from vitrail.deploy import graph
 from vitrail.deploy.interface import IMAGE, INPUT, LOGITS, PIXELS, PROBABILITIES, Interface
 from vitrail.errors import InputError, VitrailError
+from vitrail.layers.scan import scans_as_operators
 from vitrail.runs import atomic_path
 
 # The largest message that protobuf, the format of an ONNX file, can hold.
@@ -165,7 +166,7 @@ def write_model(model: onnx.ModelProto, path: str | Path) -> None:
 def _export_network(network: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
     """Export the network alone, with a batch of any size."""
     try:
-        with quiet():
+        with quiet(), scans_as_operators() as translations:
             program = torch.onnx.export(
                 network,
                 (example,),
@@ -174,6 +175,7 @@ def _export_network(network: nn.Module, example: torch.Tensor) -> onnx.ModelProt
                 input_names=[INPUT],
                 output_names=[LOGITS],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
+                custom_translation_table=translations,
             )
     except torch.onnx.OnnxExporterError as error:
         raise VitrailError(_explain(type(network).__name__, error)) from error

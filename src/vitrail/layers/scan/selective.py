@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitrail.errors import InputError, unknown
 from vitrail.layers.scan.compiled import selective_scan_compiled
+from vitrail.layers.scan.exported import selective_scan_onnx, writing_operators
 from vitrail.layers.scan.portable import selective_scan_portable
 from vitrail.layers.scan.reference import selective_scan_reference
 
@@ -24,9 +25,10 @@ SCAN_FORMS: dict[str, Form] = {
     "compiled": selective_scan_compiled,
     "portable": selective_scan_portable,
     "reference": selective_scan_reference,
+    "onnx": selective_scan_onnx,
 }
 """``compiled``: machine code for CPUs, by numba (the extra ``fast``); ``portable``: torch operators alone;
-``reference``: a slow loop."""
+``reference``: a slow loop; ``onnx``: what becomes one operator of an ONNX file, without a gradient."""
 
 
 def selective_scan(
@@ -78,7 +80,8 @@ def selective_scan(
         step = F.softplus(step)
     inner = A.dtype if A.is_complex() else kind
     if state is None:
-        state = torch.zeros(u.shape[0], *A.shape, dtype=inner, device=u.device)
+        state = torch.zeros(u.shape[0], *A.shape, dtype=kind, device=u.device)
+        state = torch.complex(state, state) if A.is_complex() else state  # ONNX has no zero of a complex type
     B, C = (value if value.is_complex() else value.to(kind) for value in (B, C))
     name = scan_form(u, A) if form is None else form
     if name not in SCAN_FORMS:
@@ -94,10 +97,11 @@ def selective_scan(
 def scan_form(u: Tensor, A: Tensor) -> str:
     """Return the name of the form that ``selective_scan`` takes for such inputs on this machine.
 
-    While a model is exported it is ``portable``: a file for another runtime cannot hold our machine code.
+    While a model is exported it is ``onnx`` within ``scans_as_operators`` and else ``portable``: a file for another
+    runtime cannot hold our machine code.
     """
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
-        return "portable"
+        return "onnx" if writing_operators() else "portable"
     real = A.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return "compiled" if u.device.type == "cpu" and real and _has_numba() else "portable"
 
