@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitrail.errors import InputError
-from vitrail.layers.mamba import SS2D, BidirectionalMamba, Mamba, MambaBlock, bidirectional_keys, initial_steps
+from vitrail.layers.mamba import SS2D, BidirectionalMamba, Mamba, MambaBlock, bidirectional_keys, initial_steps, rates
 from vitrail.layers.scan.orders import raster
 
 
@@ -123,6 +123,7 @@ def test_mamba_begins_as_published():
     assert mixer.in_proj.bias is None
     assert mixer.out_proj.bias is None
     assert F.softplus(initial_steps(100, smallest=1e-6, largest=1e-5)).min() > 0.99e-4  # the floor
+    torch.testing.assert_close(F.softplus(initial_steps(3, smallest=2.0, largest=2.0)), torch.full((3,), 2.0))
 
 
 def plane_by_loop(mixer, x, orders):
@@ -220,6 +221,8 @@ def test_low_precision_keeps_its_rates_and_states():
     x = torch.randn(1, 20, 8)
     expected = mixer(x)
     assert mixer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert rates(mixer.A_log).dtype == torch.float32
+    assert torch.equal(rates(mixer.A_log), -mixer.A_log.float().exp())
     torch.testing.assert_close(mixer(x.bfloat16()).float(), expected, atol=0.02, rtol=0.05)
     plane = SS2D(8, states=4)
     assert plane.bfloat16()(torch.randn(1, 3, 3, 8).bfloat16()).dtype == torch.bfloat16
