@@ -30,3 +30,42 @@ def selective_scan_reference(
         y = (state * leave).sum(-1)
         outputs.append(2 * y.real if y.is_complex() else y)
     return torch.stack(outputs, 2), state
+
+
+def plane_scan_reference(
+    u: Tensor,
+    delta_top: Tensor,
+    delta_left: Tensor,
+    A_top: Tensor,
+    A_left: Tensor,
+    B_top: Tensor,
+    B_left: Tensor,
+    C: Tensor,
+) -> Tensor:
+    """Return y (B, H, W, D) of the selective scan of a plane (Baty et al., 2024), place by place.
+
+    A state is the mean of two updates, h = exp(delta A) h' + delta B u: of the state above it and of that to its left.
+    Where there is but one of these, it is that update alone; the first state is delta_left B_left u.
+
+    Args:
+        u, delta_top, delta_left: (B, H, W, D), real.
+        A_top, A_left: (D, N), real.
+        B_top, B_left, C: (B, H, W, N).
+    """
+    states: dict[tuple[int, int], Tensor] = {}
+    rows = []
+    for i in range(u.shape[1]):
+        row = []
+        for j in range(u.shape[2]):
+            updates = []
+            if i:
+                now, enter = delta_top[:, i, j, :, None], B_top[:, i, j, None]  # (B, D, 1), (B, 1, N)
+                updates.append((now * A_top).exp() * states[i - 1, j] + now * enter * u[:, i, j, :, None])
+            if j or not i:
+                now, enter = delta_left[:, i, j, :, None], B_left[:, i, j, None]
+                entering = now * enter * u[:, i, j, :, None]
+                updates.append((now * A_left).exp() * states[i, j - 1] + entering if j else entering)
+            states[i, j] = sum(updates[1:], updates[0]) / len(updates)
+            row.append((states[i, j] * C[:, i, j, None]).sum(-1))
+        rows.append(torch.stack(row, 1))
+    return torch.stack(rows, 1)
