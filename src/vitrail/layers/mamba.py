@@ -180,64 +180,32 @@ def bidirectional_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-class SS2D(nn.Module):
-    """VMamba's mixer: a plane is scanned in several orders, with parameters of their own, and the results added up.
+class ScanPaths(nn.Module):
+    """K selective scans side by side, with parameters of their own: step sizes, B and C come of what is scanned.
 
     Args:
-        dim: C.
+        count: K.
+        channels: D of each.
+        rank: R.
         states: N.
-        expand: D over C.
-        rank: R; None is a sixteenth of C, rounded up.
-        width: side of the depthwise convolution before the scans, odd.
-        orders: from the plane's sides (H, W) to the K orders; the four directions by default.
-        gate: whether a second branch, through SiLU, multiplies the result.
     """
 
     scan: Scan = staticmethod(selective_scan)
     """Another with its arguments may be set in its place."""
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        states: int = 16,
-        expand: float = 2.0,
-        rank: int | None = None,
-        width: int = 3,
-        orders: Callable[[tuple[int, int]], Sequence[Order]] = cross,
-        gate: bool = True,
-    ) -> None:
+    def __init__(self, count: int, channels: int, rank: int, *, states: int = 16) -> None:
         super().__init__()
-        if width < 1 or width % 2 == 0:
-            raise InputError(f"width = {width} of the convolution is not allowed: give an odd number")
-        channels, self.states, self.gate, self.orders = int(expand * dim), states, gate, orders
-        self.rank = math.ceil(dim / 16) if rank is None else rank
-        count = len(orders((2, 2)))
-        self.in_proj = nn.Linear(dim, 2 * channels if gate else channels, bias=False)
-        self.conv2d = nn.Conv2d(channels, channels, width, padding=width // 2, groups=channels)
-        self.x_proj_weight = nn.Parameter(torch.empty(count, self.rank + 2 * states, channels))
-        self.dt_projs_weight = nn.Parameter(torch.empty(count, channels, self.rank))
+        self.rank, self.states = rank, states
+        self.x_proj_weight = nn.Parameter(torch.empty(count, rank + 2 * states, channels))
+        self.dt_projs_weight = nn.Parameter(torch.empty(count, channels, rank))
         self.dt_projs_bias = nn.Parameter(initial_steps(count, channels))
         self.A_logs = nn.Parameter(initial_rates(count * channels, states))
         self.Ds = nn.Parameter(torch.ones(count * channels))
-        self.out_norm = nn.LayerNorm(channels)
-        self.out_proj = nn.Linear(channels, dim, bias=False)
         nn.init.uniform_(self.x_proj_weight, -(channels**-0.5), channels**-0.5)  # as a linear layer
-        nn.init.uniform_(self.dt_projs_weight, -(self.rank**-0.5), self.rank**-0.5)
+        nn.init.uniform_(self.dt_projs_weight, -(rank**-0.5), rank**-0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, H, W, C)."""
-        inside = self.in_proj(x)
-        if self.gate:
-            inside, gate = inside.chunk(2, -1)
-        inside = F.silu(self.conv2d(inside.permute(0, 3, 1, 2)))
-        y = self.out_norm(self._scanned(inside.flatten(2).transpose(1, 2), self.orders((x.shape[1], x.shape[2]))))
-        y = y.unflatten(1, x.shape[1:3]).to(x.dtype)
-        return self.out_proj(y * F.silu(gate) if self.gate else y)
-
-    def _scanned(self, x: Tensor, orders: Sequence[Order]) -> Tensor:
-        """Return (B, L, D), read in all orders and added up."""
-        xs = cross_scan(x, orders)  # (B, K, L, D)
+    def along(self, xs: Tensor) -> Tensor:
+        """Return (B, K, L, D) of K sequences of that shape."""
         parts = torch.einsum("bkld,kcd->bklc", xs, self.x_proj_weight)
         delta, enter, leave = parts.split((self.rank, self.states, self.states), -1)
         delta = torch.einsum("bklr,kdr->bkdl", delta, self.dt_projs_weight)
@@ -251,7 +219,53 @@ class SS2D(nn.Module):
             delta_bias=self.dt_projs_bias.flatten(),
             softplus=True,
         )
-        return cross_merge(y.unflatten(1, (len(orders), -1)).transpose(2, 3), orders)
+        return y.unflatten(1, (xs.shape[1], -1)).transpose(2, 3)
+
+
+class SS2D(ScanPaths):
+    """VMamba's mixer: a plane is scanned in several orders, with parameters of their own, and the results added up.
+
+    Args:
+        dim: C.
+        states: N.
+        expand: D over C.
+        rank: R; None is a sixteenth of C, rounded up.
+        width: side of the depthwise convolution before the scans, odd.
+        orders: from the plane's sides (H, W) to the K orders; the four directions by default.
+        gate: whether a second branch, through SiLU, multiplies the result.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        states: int = 16,
+        expand: float = 2.0,
+        rank: int | None = None,
+        width: int = 3,
+        orders: Callable[[tuple[int, int]], Sequence[Order]] = cross,
+        gate: bool = True,
+    ) -> None:
+        if width < 1 or width % 2 == 0:
+            raise InputError(f"width = {width} of the convolution is not allowed: give an odd number")
+        channels = int(expand * dim)
+        super().__init__(len(orders((2, 2))), channels, math.ceil(dim / 16) if rank is None else rank, states=states)
+        self.gate, self.orders = gate, orders
+        self.in_proj = nn.Linear(dim, 2 * channels if gate else channels, bias=False)
+        self.conv2d = nn.Conv2d(channels, channels, width, padding=width // 2, groups=channels)
+        self.out_norm = nn.LayerNorm(channels)
+        self.out_proj = nn.Linear(channels, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, H, W, C)."""
+        inside = self.in_proj(x)
+        if self.gate:
+            inside, gate = inside.chunk(2, -1)
+        inside = F.silu(self.conv2d(inside.permute(0, 3, 1, 2)))
+        orders = self.orders((x.shape[1], x.shape[2]))
+        y = cross_merge(self.along(cross_scan(inside.flatten(2).transpose(1, 2), orders)), orders)
+        y = self.out_norm(y).unflatten(1, x.shape[1:3]).to(x.dtype)
+        return self.out_proj(y * F.silu(gate) if self.gate else y)
 
 
 class MambaBlock(nn.Module):
