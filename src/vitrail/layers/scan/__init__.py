@@ -9,7 +9,7 @@ from __future__ import annotations
 from vitrail.layers.scan.dual import dual_scan, dual_step
 from vitrail.layers.scan.exported import scans_as_operators
 from vitrail.layers.scan.lti import S4, S4D, S5
-from vitrail.layers.scan.selective import SCAN_FORMS, scan_form, selective_scan
+from vitrail.layers.scan.selective import SCAN_FORMS, scan_form, selective_scan, selective_step
 
 __all__ = [
     "S4",
@@ -21,4 +21,5 @@ __all__ = [
     "scan_form",
     "scans_as_operators",
     "selective_scan",
+    "selective_step",
 ]

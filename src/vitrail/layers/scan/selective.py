@@ -16,6 +16,7 @@ from torch import Tensor
 from vitrail.errors import InputError, unknown
 from vitrail.layers.scan.compiled import selective_scan_compiled
 from vitrail.layers.scan.exported import selective_scan_onnx, writing_operators
+from vitrail.layers.scan.mamba_ssm import MOST_STATES, selective_scan_mamba_ssm
 from vitrail.layers.scan.portable import selective_scan_portable
 from vitrail.layers.scan.reference import selective_scan_reference
 
@@ -26,9 +27,11 @@ SCAN_FORMS: dict[str, Form] = {
     "portable": selective_scan_portable,
     "reference": selective_scan_reference,
     "onnx": selective_scan_onnx,
+    "mamba_ssm": selective_scan_mamba_ssm,
 }
 """``compiled``: machine code for CPUs, by numba (the extra ``fast``); ``portable``: torch operators alone;
-``reference``: a slow loop; ``onnx``: what becomes one operator of an ONNX file, without a gradient."""
+``reference``: a slow loop; ``onnx``: what becomes one operator of an ONNX file, without a gradient; ``mamba_ssm``: the
+CUDA kernels of that package, for a real A and no first state."""
 
 
 def selective_scan(
@@ -67,8 +70,8 @@ def selective_scan(
         y (B, D, L) in the dtype of ``u``, and the state after the last step (B, D, N).
 
     Raises:
-        InputError: shapes that do not go together.
-        MissingExtra: ``form = "compiled"`` without numba.
+        InputError: shapes that do not go together; a form that there is not, or that cannot have these inputs.
+        MissingExtra: ``form`` names one whose package is not installed.
     """
     B, C = (x.unsqueeze(1) if x.ndim == 3 else x for x in (B, C))
     _check(u, delta, A, B, C, state)
@@ -78,14 +81,16 @@ def selective_scan(
         step = step + delta_bias.to(kind)[:, None]
     if softplus:
         step = F.softplus(step)
+    name = scan_form(u, A, state) if form is None else form
+    if name not in SCAN_FORMS:
+        raise unknown("form of the scan", name, SCAN_FORMS, f"there are {', '.join(SCAN_FORMS)}")
+    if name == "mamba_ssm" and state is not None:
+        raise InputError("selective_scan: form = mamba_ssm begins at a state of zero: leave out state, or form")
     inner = A.dtype if A.is_complex() else kind
     if state is None:
         state = torch.zeros(u.shape[0], *A.shape, dtype=kind, device=u.device)
         state = torch.complex(state, state) if A.is_complex() else state  # ONNX has no zero of a complex type
     B, C = (value if value.is_complex() else value.to(kind) for value in (B, C))
-    name = scan_form(u, A) if form is None else form
-    if name not in SCAN_FORMS:
-        raise unknown("form of the scan", name, SCAN_FORMS, f"there are {', '.join(SCAN_FORMS)}")
     y, last = SCAN_FORMS[name](x, step, A.to(inner), B, C, state.to(inner))
     if D is not None:
         y = torch.addcmul(y, x, D.to(kind)[:, None])
@@ -94,7 +99,41 @@ def selective_scan(
     return y.to(u.dtype), last
 
 
-def scan_form(u: Tensor, A: Tensor) -> str:
+def selective_step(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    softplus: bool = False,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return y (B, D) and the next state (B, D, N) of one step of ``selective_scan``: a stream in constant memory.
+
+    Args:
+        u, delta, z: (B, D).
+        A: (D, N), real or complex.
+        B, C: (B, N), or (B, G, N) for G groups of channels.
+        D, delta_bias, softplus, state: as for ``selective_scan``.
+
+    Raises:
+        InputError: shapes that do not go together.
+    """
+    if u.ndim != 2 or delta.shape != u.shape:
+        raise InputError(f"selective_step: u {tuple(u.shape)} and delta {tuple(delta.shape)} must be (B, D), one step")
+    u, delta, B, C = (value.unsqueeze(-1) for value in (u, delta, B, C))
+    z = None if z is None else z.unsqueeze(-1)
+    y, last = selective_scan(
+        u, delta, A, B, C, D, z=z, delta_bias=delta_bias, softplus=softplus, state=state, form="reference"
+    )
+    return y.squeeze(-1), last
+
+
+def scan_form(u: Tensor, A: Tensor, state: Tensor | None = None) -> str:
     """Return the name of the form that ``selective_scan`` takes for such inputs on this machine.
 
     While a model is exported it is ``onnx`` within ``scans_as_operators`` and else ``portable``: a file for another
@@ -102,13 +141,27 @@ def scan_form(u: Tensor, A: Tensor) -> str:
     """
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return "onnx" if writing_operators() else "portable"
-    real = A.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return "compiled" if u.device.type == "cpu" and real and _has_numba() else "portable"
+    if A.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "portable"
+    if u.device.type == "cuda" and state is None and A.shape[1] <= MOST_STATES and _has_mamba_ssm():
+        return "mamba_ssm"
+    return "compiled" if u.device.type == "cpu" and _has_numba() else "portable"
+
+
+# torch.compile takes these answers as they are, and does not look inside.
+@torch.compiler.assume_constant_result
+def _has_numba() -> bool:
+    return _installed("numba")
+
+
+@torch.compiler.assume_constant_result
+def _has_mamba_ssm() -> bool:
+    return _installed("mamba_ssm")
 
 
 @cache
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None) -> None:
