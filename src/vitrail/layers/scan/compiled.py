@@ -7,6 +7,7 @@ again, so that memory grows with the length as inputs and outputs do.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -19,9 +20,7 @@ from torch import Tensor
 
 from vitrail.errors import require
 
-CHUNK = 32
-"""Steps between two states that are kept."""
-SERIAL_WORK = 1 << 16
+SERIAL_WORK = 1 << 17
 """Updates of one element of a state (some 50 microseconds) below which a second thread costs more than it saves."""
 
 
@@ -33,13 +32,11 @@ def selective_scan_compiled(
     Raises:
         MissingExtra: numba is not installed.
     """
-    y, last, _ = _scan(
-        *(x.contiguous() for x in (u, delta, A)), *(x.transpose(2, 3).contiguous() for x in (B, C)), state.contiguous()
-    )
+    y, last, _ = _scan(*(x.contiguous() for x in (u, delta, A, B, C, state)))
     return y, last
 
 
-# ---- what torch sees: an operator with a gradient; B and C are (B, G, L, N) here
+# ---- what torch sees: an operator with a gradient
 
 
 @torch.library.custom_op("vitrail::selective_scan", mutates_args=())
@@ -47,7 +44,7 @@ def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tens
     """Return y (B, D, L), the last state (B, D, N), and the states before each chunk (B, D, L / CHUNK, N)."""
     batch, channels, length = u.shape
     y, last = torch.empty_like(u), state.clone()
-    before = u.new_empty(batch, channels, -(-length // CHUNK), A.shape[1])
+    before = u.new_empty(batch, channels, -(-length // _kernels().CHUNK), A.shape[1])
     arrays = [x.detach().numpy() for x in (u, delta, A, B, C, last, y, before)]
     _share(_kernels().forward, _tasks(batch, channels, B.shape[1]), arrays, length * A.shape[1])
     return y, last, before
@@ -55,7 +52,7 @@ def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tens
 
 @_scan.register_fake
 def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    chunks = (u.shape[2] + CHUNK - 1) // CHUNK
+    chunks = (u.shape[2] + _kernels().CHUNK - 1) // _kernels().CHUNK
     return torch.empty_like(u), torch.empty_like(state), u.new_empty(u.shape[0], u.shape[1], chunks, A.shape[1])
 
 
@@ -128,11 +125,20 @@ def _tasks(batch: int, channels: int, groups: int) -> list[_Task]:
 
 
 def _share(kernel: Callable[..., None], tasks: list[_Task], arrays: list[np.ndarray], work: int) -> None:
+    """Call ``kernel(*task, *arrays)`` for all tasks; ``work`` is that of one channel, for which see ``SERIAL_WORK``."""
     threads = min(torch.get_num_threads(), len(tasks))
     if threads == 1 or work * sum(task.last - task.first for task in tasks) < SERIAL_WORK:
         for task in tasks:
-            kernel(*task, *arrays, CHUNK)
+            kernel(*task, *arrays)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(kernel, *task, *arrays, CHUNK) for task in tasks]:
-            done.result()
+    for done in [_pool(threads).submit(kernel, *task, *arrays) for task in tasks]:
+        done.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "vitrail-scan")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of the threads
