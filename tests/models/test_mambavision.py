@@ -127,9 +127,8 @@ def test_the_scan_of_low_precision_has_exact_rates():
         seen["A"] = A
         return u, None
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitrail.models.mambavision.selective_scan", look)
-        mixer(torch.zeros(1, 4, 16, dtype=torch.bfloat16))
+    mixer.scan = look
+    mixer(torch.zeros(1, 4, 16, dtype=torch.bfloat16))
     torch.testing.assert_close(seen["A"], torch.full((8, 8), -math.exp(-3.015625)), rtol=1e-6, atol=0)
 
 

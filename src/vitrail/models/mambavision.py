@@ -23,6 +23,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
+from vitrail.layers.mamba import Scan, initial_rates, rates
 from vitrail.layers.pooling import global_pooling
 from vitrail.layers.scan import selective_scan
 
@@ -58,6 +59,9 @@ class MambaVisionMixer(nn.Module):
         dim: C, even.
     """
 
+    scan: Scan = staticmethod(selective_scan)
+    """Another with its arguments may be set in its place."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         half, self.rank = dim // 2, math.ceil(dim / 16)
@@ -66,7 +70,7 @@ class MambaVisionMixer(nn.Module):
         self.conv1d_z = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False)
         self.x_proj = nn.Linear(half, self.rank + 2 * STATES, bias=False)
         self.dt_proj = nn.Linear(self.rank, half)
-        self.A_log = nn.Parameter(torch.arange(1, STATES + 1, dtype=torch.float32).log().repeat(half, 1))  # (D, N)
+        self.A_log = nn.Parameter(initial_rates(half, STATES))
         self.D = nn.Parameter(torch.ones(half))
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
@@ -75,12 +79,10 @@ class MambaVisionMixer(nn.Module):
         x, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)  # (windows, D, L) each
         x, z = F.silu(self.conv1d_x(x)), F.silu(self.conv1d_z(z))
         delta, enter, leave = self.x_proj(x.transpose(1, 2)).split((self.rank, STATES, STATES), dim=-1)
-        # In low precision the rates would be rounded, and a long memory with them.
-        rates = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
-        y, _ = selective_scan(
+        y, _ = self.scan(
             x,
             self.dt_proj(delta).transpose(1, 2),
-            rates,
+            rates(self.A_log),
             enter.transpose(1, 2),
             leave.transpose(1, 2),
             self.D,
