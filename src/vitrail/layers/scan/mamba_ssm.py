@@ -26,7 +26,7 @@ def selective_scan_mamba_ssm(
     """
     if A.dtype != torch.float32:
         raise InputError(
-            f"selective_scan: form = mamba_ssm takes a real A in float32, not {A.dtype}: leave out form, or give portable"
+            f"selective_scan: form = mamba_ssm takes a real A in float32, not {A.dtype}: choose another form"
         )
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
