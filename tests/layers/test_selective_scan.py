@@ -180,7 +180,7 @@ def test_memory_of_a_long_sequence_is_bounded(monkeypatch):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    monkeypatch.setattr(portable, "SEGMENT", 64)
+    monkeypatch.setattr(portable, "SEGMENT", 64 * 4 * 16)
     given = inputs(1, 4, 64 * 20, 16, 1)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = scan("portable")(**given)
