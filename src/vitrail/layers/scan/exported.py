@@ -51,21 +51,25 @@ def selective_scan_onnx(
     def ordered(value: Tensor) -> Tensor:  # (B, D, L) to (L, B, G, 1, D / G)
         return value.unflatten(1, (groups, 1, width)).permute(4, 0, 1, 2, 3)
 
-    A = A.view(groups, width, size).transpose(1, 2)  # (G, N, D / G)
-    enter = B.permute(3, 0, 1, 2).unsqueeze(-1)  # (L, B, G, N, 1)
-    leave = C.permute(3, 0, 1, 2).unsqueeze(-2)  # (L, B, G, 1, N)
-    state = state.unflatten(1, (groups, width)).transpose(2, 3)  # (B, G, N, D / G)
-    steps = (ordered(delta), ordered(delta * u))
-    if A.is_complex():
-        rest = [part for value in (A, enter, leave, state) for part in _parts(value)]
-        y, real, imaginary = _complex_steps(*steps, *rest)
-        last = torch.complex(real, imaginary)
-    else:
-        y, last = _steps(*steps, A, enter, leave, state)
-    return y.squeeze(3).permute(1, 2, 3, 0).flatten(1, 2), last.transpose(2, 3).flatten(1, 2)
+    # ONNX has no complex numbers, and its exporter few operators on them: their parts are ordered.
+    parts = _real_and_imaginary if A.is_complex() else _real
+    given = [
+        *(value.view(groups, width, size).transpose(1, 2) for value in parts(A)),  # (G, N, D / G)
+        *(value.permute(3, 0, 1, 2).unsqueeze(-1) for value in parts(B)),  # (L, B, G, N, 1)
+        *(value.permute(3, 0, 1, 2).unsqueeze(-2) for value in parts(C)),  # (L, B, G, 1, N)
+        *(value.unflatten(1, (groups, width)).transpose(2, 3) for value in parts(state)),  # (B, G, N, D / G)
+    ]
+    operator = _complex_steps if A.is_complex() else _steps
+    y, *last = operator(ordered(delta), ordered(delta * u), *given)
+    last = [value.transpose(2, 3).flatten(1, 2) for value in last]
+    return y.squeeze(3).permute(1, 2, 3, 0).flatten(1, 2), torch.complex(*last) if A.is_complex() else last[0]
 
 
-def _parts(value: Tensor) -> tuple[Tensor, Tensor]:
+def _real(value: Tensor) -> tuple[Tensor, ...]:
+    return (value,)
+
+
+def _real_and_imaginary(value: Tensor) -> tuple[Tensor, ...]:
     return (value.real, value.imag) if value.is_complex() else (value, torch.zeros_like(value))
 
 
