@@ -28,8 +28,8 @@ Found = Iterator[tuple[Card, Any]]
 
 
 def models() -> Found:
-    """Yield the smallest models of every family."""
-    for card in built("model"):
+    """Yield the smallest models of every family, of whatever stage the system that it belongs to."""
+    for card in built():
         for name in model_names_of(card):
             traits = {*card.traits, "recorded"} | ({"nano"} if name.endswith("_nano") else set())
             side = get_pretrained_cfg(name).input_size[-1] if "fixed_size" in traits else 32
