@@ -9,7 +9,6 @@ weak classifier on an intermediate feature give them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
+from vitrail.methods.distill.teacher import TaughtMethod
 from vitrail.methods.method import Batch, Method
 
 WEAK_SMOOTHING = 0.1
@@ -167,11 +167,8 @@ def _check_shapes(student_logits: Tensor, target: Tensor, **others: Tensor) -> N
         )
 
 
-class NKD(Method):
-    """Train ``model`` by cross-entropy and the NKD loss against a teacher.
-
-    The teacher sees the same images. It is frozen and put into evaluation mode, follows the method to its device, and
-    is no part of its parameters or state: it is neither trained, saved nor shipped.
+class NKD(TaughtMethod):
+    """Train ``model`` by cross-entropy and the NKD loss against a teacher, of which ``TaughtMethod`` tells.
 
     Args:
         model: the student; returns logits (B, C).
@@ -195,30 +192,11 @@ class NKD(Method):
         smoothing: float = 0.0,
         multilabel: bool = False,
     ) -> None:
-        super().__init__(model)
-        if teacher is model:
-            raise InputError("NKD: the teacher is the student itself, which would be frozen: give another network")
-        if not isinstance(teacher, nn.Module):
-            raise InputError(
-                f"NKD needs a teacher and got {teacher!r}: set method.options.teacher to the folder of a finished run "
-                "of the same classes, or use nkd_uskd, which needs none"
-            )
+        super().__init__(model, teacher, otherwise="nkd_uskd")
         _check_options("NKD", multilabel, smoothing, gamma=gamma)
         if not (_is_number(temperature) and 0 < temperature < float("inf")):
             raise InputError(f"method.options.temperature = {temperature!r} is not allowed: give a number above 0")
         self.gamma, self.temperature, self.smoothing = gamma, temperature, smoothing
-        # In a tuple, a module is hidden from parameters(), state_dict() and train().
-        self._teacher = (teacher.eval().requires_grad_(False),)
-
-    @property
-    def teacher(self) -> nn.Module:
-        """The frozen network."""
-        return self._teacher[0]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NKD:
-        self.teacher._apply(fn)
-        super()._apply(fn, recurse)
-        return self
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss`` and its parts ``supervised`` and ``nkd`` for ``image`` (B, 3, H, W) and ``target``."""
