@@ -171,26 +171,34 @@ def test_each_step_is_asked_for_what_it_should(supervision, monkeypatch):
     torch.testing.assert_close(loss, expected)
 
 
-def test_images_are_resized_as_drawn_and_keep_their_aspect():
-    method = MambaEyeTraining(Walker(), sides=(6, 12), steps=1)
-    seen = set()
+def test_images_are_resized_as_drawn_and_keep_their_aspect(monkeypatch):
+    method, seen = MambaEyeTraining(Walker(), sides=(6, 12), steps=1), []
+    monkeypatch.setattr(mambaeye_training, "seen_share", lambda p, *size: seen.append(size[:2]) or seen_share(p, *size))
     for _ in range(60):
-        found = method._resized(batch(4, 8)["image"])
-        assert torch.equal(found, method._resized(batch(4, 8)["image"]))  # one size for all of a batch
-        seen.add(tuple(found.shape[2:]))
+        method(batch(4, 8))
+        method(batch(4, 8, rows=(1,)))
+        assert seen[-1] == seen[-2]  # whatever is in the batch: in any process
         method.after_step()
-    assert seen == {(round(side / 2), side) for side in range(6, 13)}
-    left = MambaEyeTraining(Walker())._resized(batch(4, 8)["image"])
-    assert torch.equal(left, batch(4, 8)["image"])
-    smooth = torch.ones(1, 3, 8, 8)
-    torch.testing.assert_close(method._resized(smooth), torch.ones_like(method._resized(smooth)))
+    assert set(seen) == {(round(side / 2), side) for side in range(6, 13)}
+    left = MambaEyeTraining(Walker())
+    left(batch(4, 8))
+    assert seen[-1] == (4, 8)
+
+
+def test_resizing_is_smooth():
+    method = MambaEyeTraining(Walker(patch_size=6), sides=(6, 6))
+    images = batch(12, 12)["image"]
+    patches = walked(method, {**batch(), "image": images})
+    expected = torch.nn.functional.interpolate(images, (6, 6), mode="bicubic", antialias=True)
+    torch.testing.assert_close(patches[:, 0], expected.flatten(1))
 
 
 def test_sides_below_a_patch_are_filled_up():
     method = MambaEyeTraining(Walker(patch_size=5), sides=(2, 2))
-    found = method._resized(torch.ones(1, 3, 4, 4))
-    assert found.shape == (1, 3, 5, 5)
-    assert found.sum().item() == pytest.approx(3 * 4)
+    patches = walked(method, {**batch(), "image": torch.ones(3, 3, 4, 4)}).view(3, 3, 5, 5)
+    torch.testing.assert_close(patches[:, :, :2, :2], torch.ones(3, 3, 2, 2))
+    assert not patches[:, :, 2:].any()
+    assert not patches[:, :, :, 2:].any()
     assert method(batch(4, 4))["loss"].isfinite()
 
 

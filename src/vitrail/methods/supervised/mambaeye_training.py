@@ -114,13 +114,15 @@ class MambaEyeTraining(Method):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss`` for ``image`` (B, 3, H, W), ``target`` and ``row``."""
-        images, target = self._resized(batch["image"]), batch["target"]
+        key = (int(self.seed), int(self.batches))
+        images, target = self._resized(batch["image"], np.random.default_rng(key)), batch["target"]
         model: Any = self.model
         patch = model.patch_size
         height, width = images.shape[-2:]
         steps = self.steps or len(tiles(height, width, patch))
         # By the row of an image, and not by its place in the batch: it walks alike in any process.
-        walks = [draw_positions(height, width, patch, steps, self._rng(row)) for row in batch["row"].tolist()]
+        drawn = (np.random.default_rng((*key, row)) for row in batch["row"].tolist())
+        walks = [draw_positions(height, width, patch, steps, rng) for rng in drawn]
         positions = torch.stack(walks).to(images.device)
         logits = model.forward_walk(cut(images, positions, patch), moves_between(positions))
         if self.supervision == "last":
@@ -135,14 +137,11 @@ class MambaEyeTraining(Method):
         """Go on to other walks."""
         self.batches += 1
 
-    def _rng(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng((int(self.seed), int(self.batches), *key))
-
-    def _resized(self, images: Tensor) -> Tensor:
+    def _resized(self, images: Tensor, rng: np.random.Generator) -> Tensor:
         """Return the images with their longer side as drawn, and with no side below a patch's."""
         if self.sides is not None:
             height, width = images.shape[-2:]
-            side = int(self._rng().integers(self.sides[0], self.sides[1] + 1))
+            side = int(rng.integers(self.sides[0], self.sides[1] + 1))
             size = [max(1, round(part * side / max(height, width))) for part in (height, width)]
             images = F.interpolate(images, size, mode="bicubic", antialias=True)
         patch: Any = self.model.patch_size
