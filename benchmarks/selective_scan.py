@@ -1,7 +1,7 @@
 """The selective scan on this CPU, forward and backward: every form against a careful Python loop, and mambapy.
 
     python benchmarks/selective_scan.py [--rounds 3] [--shape 8,384,196,16]     batch, channels, length, states
-    python benchmarks/selective_scan.py --memory                                peak of the compiled form
+    python benchmarks/selective_scan.py --memory [--form portable]              peak of a form
 
 The loop is the reference form, whose backward is linear in the length.
 """
@@ -76,16 +76,16 @@ def compare(shape: tuple[int, ...], rounds: int) -> None:
         print(f"{shape!s:24} {name:10} {1e3 * forward:9.1f} + {1e3 * backward:9.1f} ms  {whole:7.2f}x", flush=True)
 
 
-def memory() -> None:
+def memory(form: str) -> None:
     given = inputs(1, 192, 16384, 16)
-    seconds(arms()["compiled"], inputs(1, 16, 64, 16))  # compiles
+    seconds(arms()[form], inputs(1, 16, 64, 16))  # compiles
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    y = arms()["compiled"](**given)
+    y = arms()[form](**given)
     y.sum().backward()
     peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     size = sum(value.nbytes for value in [*given.values(), y])
     print(
-        f"peak of forward and backward: {peak / 1e6:.0f} MB, {peak / size:.2f}x inputs and output ({size / 1e6:.0f} MB)"
+        f"{form}: peak of forward and backward {peak / 1e6:.0f} MB, {peak / size:.2f}x inputs and output ({size / 1e6:.0f} MB)"
     )
 
 
@@ -94,9 +94,10 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shape")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--form", default="compiled")
     options = parser.parse_args()
     if options.memory:
-        memory()
+        memory(options.form)
     else:
         for shape in [tuple(map(int, options.shape.split(",")))] if options.shape else SHAPES:
             compare(shape, options.rounds)

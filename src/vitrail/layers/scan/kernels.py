@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numba
 
-from vitrail.layers.scan.lanes import FLAGS, LANES, LOG2_E, add_sums, at, clear, exp2, load, muladd, room, store
+from vitrail.layers.scan.lanes import FLAGS as FLAGS
+from vitrail.layers.scan.lanes import IN_ORDER, LANES, LOG2_E, add_sums, at, clear, exp2, load, muladd, room, store
 from vitrail.layers.scan.lanes import _exp2 as _exp2
 from vitrail.layers.scan.lanes import _stack as _stack
 
@@ -18,7 +19,7 @@ CHUNK = 64
 """Steps between two states that are kept."""
 
 
-@numba.njit(cache=True, **FLAGS)
+@numba.njit(cache=True, **IN_ORDER)
 def forward(b, first, last, part, u, delta, A, B, C, state, y, before):  # type: ignore[no-untyped-def]
     """Write y, the states before each chunk, and the last state into that before the first step."""
     length, size = u.shape[2], A.shape[1]
@@ -49,7 +50,7 @@ def forward(b, first, last, part, u, delta, A, B, C, state, y, before):  # type:
         store(states, state[b], d, width, 0, size)
 
 
-@numba.njit(cache=True, **FLAGS)
+@numba.njit(cache=True, **IN_ORDER)
 def backward(  # type: ignore[no-untyped-def]
     b, first, last, part, dy, u, delta, A, B, C, before, du, ddelta, dA, dB, dC, dstate
 ):

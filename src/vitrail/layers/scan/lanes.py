@@ -21,6 +21,8 @@ from numba.extending import overload, register_model
 
 LANES = 16
 FLAGS: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy", "boundscheck": False}
+IN_ORDER: dict[str, Any] = {**FLAGS, "fastmath": False}
+"""For kernels in these vectors: bits are the same in whichever lane, and rounding is not taken for nothing."""
 LOG2_E = np.float32(np.log2(np.e))
 intrinsic: Any = untyped_intrinsic  # typed as if it were called with its context
 
@@ -58,7 +60,7 @@ class _TileModel(models.PrimitiveModel):
         super().__init__(manager, kind, ir.PointerType(FLOATS))
 
 
-# ---- arithmetic, also of a vector and a number. Nothing is reordered, so that bits are the same wherever a lane is
+# ---- arithmetic, also of a vector and a number
 
 
 def _spread(builder: Any, value: Any) -> Any:
@@ -236,7 +238,7 @@ def _write(rows, index, value):  # type: ignore[no-untyped-def]
     return lambda rows, index, value: _put(rows, index, value)
 
 
-@numba.njit(**FLAGS)
+@numba.njit(**IN_ORDER)
 def clear(rows, count):  # type: ignore[no-untyped-def]
     """Set ``count`` rows to 0."""
     for t in range(count):
@@ -257,7 +259,7 @@ def at(context: Any, values: Any, index: Any) -> Any:
     return types.float32(values, types.intp), generate
 
 
-@numba.njit(**FLAGS)
+@numba.njit(**IN_ORDER)
 def load(rows, values, first, width, start, count):  # type: ignore[no-untyped-def]
     """Set ``rows[t, k]`` to ``values[first + k, start + t]`` for ``width`` k and ``count`` t; other lanes to 0."""
     squares = count // LANES if width == LANES else 0
@@ -269,7 +271,7 @@ def load(rows, values, first, width, start, count):  # type: ignore[no-untyped-d
             rows[t, k] = values[first + k, start + t]
 
 
-@numba.njit(**FLAGS)
+@numba.njit(**IN_ORDER)
 def store(rows, values, first, width, start, count):  # type: ignore[no-untyped-def]
     """Set ``values[first + k, start + t]`` to ``rows[t, k]``."""
     squares = count // LANES if width == LANES else 0
@@ -280,7 +282,7 @@ def store(rows, values, first, width, start, count):  # type: ignore[no-untyped-
             values[first + k, start + t] = rows[t, k]
 
 
-@numba.njit(**FLAGS)
+@numba.njit(**IN_ORDER)
 def add_sums(values, start, rows, count):  # type: ignore[no-untyped-def]
     """Add the sum over the lanes of ``rows[t]`` to ``values[start + t]``, for ``count`` t."""
     squares = count // LANES
