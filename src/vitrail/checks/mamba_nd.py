@@ -40,14 +40,14 @@ STEPS, BATCH, HELD_OUT = 150, 32, 512
 def run(ctx: Context) -> Verdict:
     """Train three designs of equal size on images and on clips, at equal numbers of passes."""
     index = ctx.index("digits") if ctx.quick else ctx.index("fashion", val_fraction=0.02)
-    side = 16 if ctx.quick else 28
+    net = {**IMAGES, **({"img_size": 16, "depths": (4,)} if ctx.quick else {"img_size": 28})}
     images: dict[str, list[Arm]] = {name: [] for name in ARMS}
     clips: dict[str, list[float]] = {name: [] for name in ARMS}
     for seed in ctx.seeds:
         for name, design in ARMS.items():
             settings = {
                 "model.name": "mamba_nd_nano",
-                "model.options": {**IMAGES, "img_size": side, **design},
+                "model.options": {**net, **design},
                 "train.batch_size": 32,
                 "train.epochs": 0.05 if ctx.quick else PASSES / len(index.rows("train")),
             }
