@@ -84,9 +84,8 @@ def memory(form: str) -> None:
     y.sum().backward()
     peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     size = sum(value.nbytes for value in [*given.values(), y])
-    print(
-        f"{form}: peak of forward and backward {peak / 1e6:.0f} MB, {peak / size:.2f}x inputs and output ({size / 1e6:.0f} MB)"
-    )
+    of = f"{peak / size:.2f}x inputs and output ({size / 1e6:.0f} MB)"
+    print(f"{form}: peak of forward and backward {peak / 1e6:.0f} MB, {of}")
 
 
 if __name__ == "__main__":
