@@ -53,7 +53,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     softplus: bool = False,
     state: Tensor | None = None,
-    form: str | None = None,
+    form: str | Form | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the selective scan of ``u`` and the last state.
 
@@ -71,7 +71,8 @@ def selective_scan(
         delta_bias: (D,), or None for none.
         softplus: whether delta goes through softplus, after the bias.
         state: before the first step, (B, D, N); zero by default.
-        form: a name of ``SCAN_FORMS``; by default the fastest that can be had, which ``scan_form`` names.
+        form: a name of ``SCAN_FORMS``, or a function such as these; by default the fastest that can be had, which
+            ``scan_form`` names.
 
     Returns:
         y (B, D, L) in the dtype of ``u``, and the state after the last step (B, D, N).
@@ -89,7 +90,7 @@ def selective_scan(
     if softplus:
         step = F.softplus(step)
     name = scan_form(u, A, state) if form is None else form
-    if name not in SCAN_FORMS:
+    if not callable(name) and name not in SCAN_FORMS:
         raise unknown("form of the scan", name, SCAN_FORMS, f"there are {', '.join(SCAN_FORMS)}")
     if name == "mamba_ssm" and state is not None:
         raise InputError("selective_scan: form = mamba_ssm begins at a state of zero: leave out state, or form")
@@ -98,7 +99,8 @@ def selective_scan(
         state = torch.zeros(u.shape[0], *A.shape, dtype=kind, device=u.device)
         state = torch.complex(state, state) if A.is_complex() else state  # ONNX has no zero of a complex type
     B, C = (value if value.is_complex() else value.to(kind) for value in (B, C))
-    y, last = SCAN_FORMS[name](x, step, A.to(inner), B, C, state.to(inner))
+    run = name if callable(name) else SCAN_FORMS[name]
+    y, last = run(x, step, A.to(inner), B, C, state.to(inner))
     if D is not None:
         y = torch.addcmul(y, x, D.to(kind)[:, None])
     if z is not None:
