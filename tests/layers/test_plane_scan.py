@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vitrail.deploy.export import quiet
 from vitrail.errors import InputError, MissingExtra
-from vitrail.layers.scan import plane, plane_compiled
+from vitrail.layers.scan import plane, plane_compiled, scans_as_operators
 from vitrail.layers.scan.plane import PLANE_SCAN_FORMS, plane_scan, plane_scan_form
 
 FORMS = ("portable", "compiled")
@@ -201,14 +202,49 @@ def test_an_export_takes_the_portable_form(monkeypatch, ask):
 
 @pytest.mark.parametrize("trains", [False, True])
 def test_an_exported_program_holds_torchs_operators_alone(trains):
-    class Scan(torch.nn.Module):
-        def forward(self, *values):
-            return plane_scan(*values)
-
     values = tuple(value.detach().requires_grad_(trains) for value in inputs(2, 2, 16, 2, 3).values())
     program = torch.export.export(Scan(), values)
     assert not [node.target for node in program.graph.nodes if "vitrail" in str(node.target)]
     torch.testing.assert_close(program.module()(*values), Scan()(*values), rtol=1e-4, atol=1e-5)
+
+
+class Scan(torch.nn.Module):
+    def forward(self, *values):
+        return plane_scan(*values)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 3, 5, 2, 4), (1, 6, 2, 3, 1)], ids=str)
+def test_the_operator_of_an_onnx_file_is_the_reference_in_torch(shape, monkeypatch):
+    given = {name: value.detach() for name, value in inputs(*shape, dtype=torch.float64).items()}
+    monkeypatch.setattr("torch.onnx.is_in_onnx_export", lambda: True)
+    with monkeypatch.context() as patch, scans_as_operators():
+        patch.setattr(plane, "_in_segments", None)
+        found = plane_scan(**given)
+    torch.testing.assert_close(found, plane_scan(**given, form="reference"), rtol=1e-12, atol=1e-12)
+
+
+def test_torch_knows_the_shape_of_the_operator_of_an_onnx_file():
+    place = (5, 2, 3)
+    side = [torch.rand(*place, *rest) for rest in ((1, 4), (1, 4), (6, 1), (1, 1))]
+    args = (*side, *side, torch.rand(*place, 1, 6), -torch.rand(6, 4), -torch.rand(6, 4), torch.rand(2, 3, 6, 4))
+    torch.library.opcheck(torch.ops.vitrail.plane_steps.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_an_onnx_file_holds_one_operator_and_answers_for_any_batch():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    given = tuple(value.detach() for value in inputs(2, 5, 4, 3, 4).values())
+    dynamic = tuple({0: torch.export.Dim("batch")} if value.ndim == 4 else None for value in given)
+    with quiet(), scans_as_operators() as translations:
+        proto = torch.onnx.export(
+            Scan(), given, dynamo=True, dynamic_shapes=(dynamic,), custom_translation_table=translations
+        ).model_proto
+    assert [node.op_type for node in proto.graph.node].count("Scan") == 1
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    for batch in (1, 3):
+        given = [value.detach() for value in inputs(batch, 5, 4, 3, 4, seed=batch).values()]
+        names = [entry.name for entry in session.get_inputs()]
+        found = session.run(None, {name: value.numpy() for name, value in zip(names, given, strict=True)})[0]
+        torch.testing.assert_close(torch.from_numpy(found), plane_scan(*given), rtol=1e-4, atol=1e-5)
 
 
 def test_threads_do_not_change_the_answer():

@@ -112,7 +112,7 @@ def test_only_an_export_that_can_write_the_operator_takes_it(monkeypatch):
     assert scan_form(u, A) == "portable"
     with scans_as_operators() as translations:
         assert scan_form(u, A) == scan_form(u, A.cfloat()) == "onnx"
-        assert len(translations) == 2
+        assert len(translations) == 3
     assert scan_form(u, A) == "portable"
 
 

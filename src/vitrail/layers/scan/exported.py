@@ -126,9 +126,10 @@ def _(now: Tensor, value: Tensor, A: Tensor, *rest: Tensor) -> tuple[Tensor, Ten
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     # Read when an export begins: onnxscript takes a second to import.
-    from vitrail.layers.scan.onnx_steps import complex_steps, steps
+    from vitrail.layers.scan.onnx_steps import complex_steps, plane_steps, steps
 
     return {
         torch.ops.vitrail.scan_steps.default: steps,
         torch.ops.vitrail.complex_scan_steps.default: complex_steps,
+        torch.ops.vitrail.plane_steps.default: plane_steps,
     }

@@ -40,3 +40,26 @@ def complex_steps(now, value, A, A_i, enter, enter_i, leave, leave_i, state, sta
 
     last, last_i, y = op.Scan(state, state_i, now, value, enter, enter_i, leave, leave_i, body=body, num_scan_inputs=6)
     return y, last, last_i
+
+
+@script(default_opset=op)
+def plane_steps(
+    now_above, x_above, enter_above, share_above, now_beside, x_beside, enter_beside, share_beside, leave,
+    A_above, A_beside, state,
+) -> FLOAT:  # fmt: skip
+    """Return y of a plane, whose steps are antidiagonals."""
+
+    @graph()
+    def body(h, now_a, x_a, enter_a, share_a, now_b, x_b, enter_b, share_b, leave_k):
+        above = op.Pad(h, op.Constant(value_ints=[0, 1, 0, 0, 0, -1, 0, 0]))
+        kept_above = share_a * op.Exp(now_a * A_above) * above
+        kept_beside = share_b * op.Exp(now_b * A_beside) * h
+        next_h = kept_above + kept_beside + x_a * enter_a + x_b * enter_b
+        y_k = op.MatMul(leave_k, next_h)
+        return next_h, y_k
+
+    _, y = op.Scan(
+        state, now_above, x_above, enter_above, share_above, now_beside, x_beside, enter_beside, share_beside, leave,
+        body=body, num_scan_inputs=9,
+    )  # fmt: skip
+    return y

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vitrail.errors import InputError, unknown
+from vitrail.layers.scan.exported import writing_operators
 from vitrail.layers.scan.plane_compiled import plane_scan_compiled
+from vitrail.layers.scan.plane_exported import diagonal_steps
 from vitrail.layers.scan.reference import plane_scan_reference
 from vitrail.layers.scan.selective import _has_numba
 
@@ -73,7 +75,8 @@ def plane_scan(
 def plane_scan_form(u: Tensor, A: Tensor) -> str:
     """Return the name of the form that ``plane_scan`` takes for such inputs on this machine.
 
-    While a model is exported it is ``portable``: a file for another runtime cannot hold our machine code.
+    While a model is exported it is ``portable``: a file for another runtime cannot hold our machine code. Within
+    ``scans_as_operators`` its antidiagonals are then the steps of one operator of an ONNX file.
     """
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return "portable"
@@ -108,18 +111,28 @@ def plane_scan_portable(
     turned = height > width
     if turned:  # as the corners grow with the number of rows
         planes, rates = [x.transpose(1, 2) for x in (u, C, *beside, *above)], [A_left, A_top]
-    state = u.new_zeros(len(u), min(height, width), u.shape[3], A_top.shape[1])
-    frugal = torch.is_grad_enabled() and any(x.requires_grad for x in (*planes, *rates))
+    state = u.new_zeros(u.shape[0], min(height, width), u.shape[3], A_top.shape[1])
+    columns = [_upright(x) for x in planes]
+    if torch.onnx.is_in_onnx_export() and writing_operators():
+        y = diagonal_steps(columns, rates, state)
+    else:
+        y = _in_segments(columns, rates, state)
+    y = _back(y, max(height, width))
+    return y.transpose(1, 2) if turned else y
+
+
+def _in_segments(columns: list[Tensor], rates: list[Tensor], state: Tensor) -> Tensor:
+    """Go along all antidiagonals, ``DIAGONALS`` at a time."""
+    frugal = torch.is_grad_enabled() and any(x.requires_grad for x in (*columns, *rates))
     outputs = []
-    for part in zip(*(_upright(x).split(DIAGONALS, 2) for x in planes), strict=True):
+    for part in zip(*(x.split(DIAGONALS, 2) for x in columns), strict=True):
         given = (*part, *rates, state)
-        if frugal and height + width - 1 > DIAGONALS:
+        if frugal and columns[0].shape[2] > DIAGONALS:
             y, state = checkpoint(_diagonals, *given, use_reentrant=False, preserve_rng_state=False)
         else:
             y, state = _diagonals(*given)
         outputs.append(y)
-    y = _back(torch.cat(outputs, 2), max(height, width))
-    return y.transpose(1, 2) if turned else y
+    return torch.cat(outputs, 2)
 
 
 def _diagonals(
