@@ -21,7 +21,7 @@ def scans_as_operators() -> Iterator[dict[Callable[..., Any], Callable[..., Any]
     """Within, an export meets a selective scan as one operator; yields how ONNX writes it.
 
     The value is for the argument ``custom_translation_table`` of ``torch.onnx.export``. An export outside of this
-    context holds torch's operators alone, some ``4 sqrt(L)`` of them for L steps, and any runtime reads it.
+    context holds torch's operators alone, a number that grows with the root of the length, and any runtime reads it.
     """
     before = _TO_ONNX.set(True)
     try:
@@ -41,9 +41,9 @@ def selective_scan_onnx(
     """Return the same as ``selective_scan_reference``, through the operator that becomes ONNX's ``Scan``.
 
     The operator is given all in the order in which a step reads it, with channels last: ONNX Runtime then takes half
-    the time that it takes with states last, as it works along the last axis, and states are few. A step computes its
-    decays itself: to have them all beforehand saves no time and takes N times the memory of the inputs. Nor do chunks
-    side by side, as in the portable form: they save steps and cost passes over all states.
+    the time, or less, that it takes with states last, as it works along the last axis, and states are few. A step
+    computes its decays itself: to have them all beforehand saves next to no time and takes N times the memory of the
+    inputs. Nor do chunks side by side, as in the portable form: they save steps and cost passes over all states.
     """
     groups = B.shape[1]
     width, size = A.shape[0] // groups, A.shape[1]
