@@ -355,13 +355,15 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def create_vim(kind: type[Vim], variant: str, pretrained: bool, **kwargs: Any) -> Vim:
+def create_vim(
+    kind: type[Vim], variant: str, pretrained: bool, filter_fn: Any = checkpoint_filter_fn, **kwargs: Any
+) -> Vim:
     """Build a variant of a net of this family as timm builds its own."""
     model: Vim = build_model_with_cfg(
         kind,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=filter_fn,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **kwargs,
     )
