@@ -66,6 +66,19 @@ def test_each_head_has_its_cross_entropy(alpha, smoothing, soft):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_soft_answers_are_met_over_all_classes(temperature):
+    method, data = parts(temperature=temperature), batch()
+    second = method.model.head_dist(data["image"].flatten(1)).float() / temperature
+    answers = method.teacher(data["image"]).float() / temperature
+    total = 0.0
+    for n in range(5):
+        teacher, student = torch.exp(answers[n]), torch.exp(second[n])
+        teacher, student = teacher / teacher.sum(), student / student.sum()
+        total = total + sum(teacher[c] * torch.log(teacher[c] / student[c]) for c in range(4))
+    torch.testing.assert_close(method(data)["distilled"], temperature**2 * total / 20)
+
+
 def test_others_find_a_model_of_one_output():
     method = parts()
     method(batch())
@@ -109,6 +122,7 @@ def test_models_of_two_heads_take_it(name):
         (lambda s, t: TwoHeadDistillation(s, s), "the student itself"),
         (lambda s, t: TwoHeadDistillation(s, t, alpha=1.5), r"alpha = 1.5 .*\[0, 1\]"),
         (lambda s, t: TwoHeadDistillation(s, t, alpha="a"), "alpha = 'a'"),
+        (lambda s, t: TwoHeadDistillation(s, t, temperature=0), "temperature = 0 .*above 0"),
         (lambda s, t: TwoHeadDistillation(s, t, smoothing=1.0), r"smoothing = 1.0 .*\[0, 1\)"),
         (lambda s, t: TwoHeadDistillation(s, t, multilabel=True), "one label per image.*supervised"),
         (lambda s, t: TwoHeadDistillation(t, s), "second head, and Sequential has one.*distilled=true"),

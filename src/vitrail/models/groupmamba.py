@@ -27,6 +27,7 @@ from vitrail.errors import InputError, unknown
 from vitrail.layers.mamba import SS2D, ScanPaths
 from vitrail.layers.pooling import global_pooling
 from vitrail.layers.scan.orders import cross, inverse, rearrange
+from vitrail.layers.two_heads import TwoHeaded, fitting_heads
 
 GROUPS = 4
 """G: as many as there are directions."""
@@ -169,7 +170,7 @@ class Stage(nn.Module):
 # ---- the net ---------------------------------------------------------------------------------------------------------
 
 
-class GroupMamba(nn.Module):
+class GroupMamba(TwoHeaded):
     """GroupMamba with timm's surface; features at strides 4, 8, 16, 32 for images of any size.
 
     Args:
@@ -210,7 +211,7 @@ class GroupMamba(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(distilled=distilled)
         for name, values in {"dims": dims, "depths": depths, "mlp_ratios": mlp_ratios}.items():
             if len(values) != 4:
                 raise InputError(
@@ -230,8 +231,6 @@ class GroupMamba(nn.Module):
             return ModulatedGroupLayer(dim, scans, modulation=modulation)
 
         self.num_classes = num_classes
-        self.distilled = distilled
-        self.distilled_training = False
         self.num_features = self.head_hidden_size = dims[-1]
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         stages: list[Stage] = []
@@ -269,20 +268,6 @@ class GroupMamba(nn.Module):
             if isinstance(stage, Stage):
                 stage.grad_checkpointing = enable
 
-    def set_distilled_training(self, enable: bool = True) -> None:
-        """Let ``forward`` in training mode return the logits of both classifiers, as timm's distilled models do.
-
-        Raises:
-            InputError: there is one classifier.
-        """
-        if enable and not self.distilled:
-            raise InputError("this GroupMamba has one classifier: build it with distilled=True")
-        self.distilled_training = enable
-
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier of the pooled features, or a list of both."""
-        return nn.ModuleList((self.head, self.head_dist)) if self.distilled else self.head
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifiers, on the device and in the type of the present weights.
 
@@ -296,17 +281,7 @@ class GroupMamba(nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = global_pooling(global_pool, num_classes)
-        self.head = self._classifier()
-        if self.distilled:
-            self.head_dist = self._classifier()
-
-    def _classifier(self) -> nn.Module:
-        if not self.num_classes:
-            return nn.Identity()
-        place = self.norm.weight
-        head = nn.Linear(self.num_features, self.num_classes, device=place.device, dtype=place.dtype)
-        _init_weights(head)
-        return head
+        self.put_heads(self.num_features, num_classes, self.norm.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return (B, C, H/32, W/32)."""
@@ -321,13 +296,7 @@ class GroupMamba(nn.Module):
         if pooled.ndim == 4:
             return pooled
         pooled = self.norm(self.post(pooled))
-        if pre_logits:
-            return pooled
-        pooled = self.drop(pooled)
-        if not self.distilled:
-            return self.head(pooled)
-        both = self.head(pooled), self.head_dist(pooled)
-        return both if self.distilled_training and self.training else (both[0] + both[1]) / 2
+        return pooled if pre_logits else self.logits(self.drop(pooled))
 
     def forward(self, x: Tensor) -> Any:
         """Return logits (B, classes), or the pair that ``forward_head`` describes."""
@@ -398,12 +367,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Map
     for key, parts in groups.items():
         values = [value for _, value in sorted(parts.items())]
         ours[key] = torch.stack(values) if key.endswith(("in_proj", "out_proj")) else torch.cat(values)
-    if not getattr(model, "distilled", False):
-        for kind in ("weight", "bias"):
-            second = ours.pop(f"head_dist.{kind}", None)
-            if second is not None:
-                ours[f"head.{kind}"] = (ours[f"head.{kind}"] + second) / 2
-    return ours
+    return fitting_heads(ours, model)
 
 
 # ---- the variants ----------------------------------------------------------------------------------------------------
