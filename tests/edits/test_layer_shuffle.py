@@ -115,7 +115,8 @@ def test_gradients_are_those_of_tokens_moved_by_hand(mixer):
 def test_evaluation_and_weights_are_those_of_the_plain_model(name):
     torch.manual_seed(0)
     plain = create_model(name, num_classes=3, img_size=32)
-    model = shufflemamba(rate=1.0)(copy.deepcopy(plain))
+    model = shufflemamba(rate=1.0)(copy.deepcopy(plain).eval())
+    assert not any(module.training for module in model.modules())
     assert list(model.state_dict()) == list(plain.state_dict())
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

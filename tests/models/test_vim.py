@@ -159,6 +159,7 @@ def test_what_sets_the_rates_is_not_decayed_and_drop_path_rises():
     model = Vim(**{**TINY, "drop_path_rate": 0.4})
     assert [getattr(layer.drop_path, "drop_prob", 0.0) for layer in model.layers] == pytest.approx([0, 0.2, 0.4])
     assert model.no_weight_decay() == {"pos_embed", "cls_token", "*.A_log"}
+    assert [tiny(class_token=token).num_prefix_tokens for token in ("first", "middle", "none")] == [1, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitrail.edits.surgery import Edit, replace_modules
 from vitrail.errors import InputError, unknown
-from vitrail.layers.mamba import SS2D, BidirectionalMamba, Mamba
+from vitrail.layers.mamba import SS2D, BidirectionalMamba, Mamba, Memory
 from vitrail.layers.scan import selective_scan
 from vitrail.layers.scan.local import local_scan
 from vitrail.layers.scan.orders import Order
@@ -41,13 +41,12 @@ class LocalMamba(Mamba):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, L, C)."""
-        return super().forward(x.flip(1)).flip(1) if self.reverse else super().forward(x)
+        y, _ = super().stream(x.flip(1) if self.reverse else x)
+        return y.flip(1) if self.reverse else y
 
-    def stream(self, x: Tensor, memory: Any = None) -> Any:
-        """Raise InputError if places were read before: a window may not have been whole."""
-        if memory is not None:
-            raise InputError("a locally bidirectional mixer needs the whole sequence: call it, or stream with Mamba")
-        return super().stream(x)
+    def stream(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+        """Raise InputError: what is read later changes what is ahead in a window."""
+        raise InputError("a locally bidirectional mixer needs the whole sequence: call it, or stream with Mamba")
 
     def extra_repr(self) -> str:
         """Return what ``repr`` shows."""
@@ -101,7 +100,9 @@ def lbmamba(*, window: int | None = None, sweeps: str = "half") -> Edit:
             nonlocal turns
             found: Any = mixer
             backwards = turns % 2 == 1
-            if sweeps == "half" and isinstance(mixer, BidirectionalMamba):
+            if type(mixer) is Mamba:
+                found = _one_way(mixer, window, reverse=False)
+            elif sweeps == "half" and isinstance(mixer, BidirectionalMamba):
                 found, turns = _one_way(mixer, window, backwards), turns + 1
             elif sweeps == "half" and isinstance(mixer, SS2D) and _halve(mixer, backwards):
                 turns += 1
@@ -119,8 +120,8 @@ def _scans(module: nn.Module) -> bool:
     return getattr(module, "scan", None) is selective_scan
 
 
-def _one_way(mixer: BidirectionalMamba, window: int | None, reverse: bool) -> LocalMamba:
-    """Return the way there of Vim's mixer, its weights themselves."""
+def _one_way(mixer: Mamba, window: int | None, reverse: bool) -> LocalMamba:
+    """Return Mamba's mixer, or the way there of Vim's, its weights themselves."""
     with torch.device("meta"):
         found = LocalMamba(1, states=mixer.states, rank=mixer.rank, window=window, reverse=reverse)
     for name, child in mixer.named_children():

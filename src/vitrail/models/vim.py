@@ -108,6 +108,7 @@ class Vim(nn.Module):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = embed_dim
         self.class_token = class_token
+        self.num_prefix_tokens = int(class_token == "first")  # of what explains a result by its tokens
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, stride or patch_size)
         self.grid = self.patch_embed.grid(img_size, img_size)
