@@ -24,7 +24,7 @@ RATE = 0.5
 """Of the shuffle, and of stochastic depth: both as published for the base net."""
 HELD_OUT = 0.6
 """Share of the images that no arm sees: the few that are left can be learnt by heart."""
-EPOCHS = 30.0
+EPOCHS = 20.0
 ARMS: dict[str, dict[str, Any]] = {
     "none": {},
     "shuffle": {"model.edits": [{"name": "shufflemamba", "options": {"rate": RATE}}]},
