@@ -123,11 +123,11 @@ def plane_scan_portable(
 
 def _in_segments(columns: list[Tensor], rates: list[Tensor], state: Tensor) -> Tensor:
     """Go along all antidiagonals, ``DIAGONALS`` at a time."""
-    frugal = torch.is_grad_enabled() and any(x.requires_grad for x in (*columns, *rates))
+    frugal = torch.is_grad_enabled() and columns[0].shape[2] > DIAGONALS
     outputs = []
     for part in zip(*(x.split(DIAGONALS, 2) for x in columns), strict=True):
         given = (*part, *rates, state)
-        if frugal and columns[0].shape[2] > DIAGONALS:
+        if frugal:
             y, state = checkpoint(_diagonals, *given, use_reentrant=False, preserve_rng_state=False)
         else:
             y, state = _diagonals(*given)
