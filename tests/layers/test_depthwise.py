@@ -34,6 +34,18 @@ def test_split_gradients_equal_fp64(window, stride, pad, layout):
         assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("plane", [(1, 1), (2, 3), (1, 2), (4, 1)])
+def test_a_plane_may_be_smaller_than_the_window(plane, stride):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 8, *plane), torch.randn(8, 1, 7, 7), torch.randn(8)
+    grad = torch.randn_like(torch.conv2d(x, weight, bias, stride, (3, 3), 1, 8))
+    want = reference(x, weight, bias, grad, stride, (3, 3))
+    for got, exact in zip(gradients(x, weight, bias, grad, stride, (3, 3), DepthwiseForm(split=True)), want):
+        assert got.shape == exact.shape
+        assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("weight_fp32", [False, True])
 @pytest.mark.parametrize("input_fp32", [False, True])

@@ -91,8 +91,10 @@ def weight_gradient(
         # Column j of the window meets the input columns j - padding, j - padding + stride, ...
         start = first - padding[1]
         end = start + (grad.shape[-1] - 1) * stride[1] + width
-        seen = x[..., max(start, 0) : min(end, x.shape[-1])]
-        seen = F.pad(seen, (max(-start, 0), max(end - x.shape[-1], 0))).contiguous(memory_format=layout)
+        seen = x[..., max(start, 0) : max(min(end, x.shape[-1]), 0)]
+        # Of a plane narrower than the window, some of its columns meet the padding alone.
+        beyond = (min(max(side, 0), end - start) for side in (-start, end - x.shape[-1]))
+        seen = F.pad(seen, tuple(beyond)).contiguous(memory_format=layout)
         window = weight.new_empty(weight.shape[0], 1, rows, width)
         parts.append(_backward(grad, seen, window, stride, (padding[0], 0), [False, True, False])[1])
     return torch.cat(parts, -1)
