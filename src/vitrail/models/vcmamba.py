@@ -91,16 +91,15 @@ class SnakeMixer(nn.Module):
         enter = (enter[:, None] + self.direction_Bs[steps].to(enter.dtype)).transpose(2, 3)  # (B, K, N, L)
         orders = ways(plane)
         count = len(orders)
+        # Step sizes, B and C are not put into the order of the direction: the weights were trained so.
         y, _ = selective_scan(
             cross_scan(x, orders).transpose(2, 3).flatten(1, 2),
-            delta.repeat(
-                1, count, 1
-            ),  # not in the order of the direction, nor is B, nor C: the weights were so trained
+            delta.repeat(1, count, 1),
             rates(self.A_log).repeat(count, 1),
             enter,
             leave[:, None].expand(-1, count, -1, -1),
             self.D.repeat(count),
-            delta_bias=self.dt_proj.bias.repeat(count),  # for the second time: the weights were so trained
+            delta_bias=self.dt_proj.bias.repeat(count),  # for the second time: they were trained so, too
             softplus=True,
         )
         y = self.norm(cross_merge(y.unflatten(1, (count, -1)).transpose(2, 3), orders))
