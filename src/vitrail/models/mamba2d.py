@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
 from vitrail.layers.mamba import initial_rates, initial_steps, rates
-from vitrail.layers.pooling import global_pooling
 from vitrail.layers.scan.plane import plane_scan
+from vitrail.models.staged import StagedNet, cfg, create, nano_cfg, through_blocks
 
 STATES = 16
 """N of every published variant."""
@@ -242,9 +241,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, C, H, W)."""
         x = self.downsample(x).permute(0, 2, 3, 1)
-        for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
-        return self.norm(x).permute(0, 3, 1, 2)
+        return self.norm(through_blocks(self, x)).permute(0, 3, 1, 2)
 
 
 class MlpHead(nn.Module):
@@ -262,7 +259,7 @@ class MlpHead(nn.Module):
         return self.fc2(self.drop(self.norm(F.gelu(self.fc1(x)))))
 
 
-class Mamba2D(nn.Module):
+class Mamba2D(StagedNet):
     """Mamba2D with timm's surface; features at strides 4, 8, 16, 32 for images of any size.
 
     Args:
@@ -329,43 +326,12 @@ class Mamba2D(nn.Module):
         names = {"*.A_top_log", "*.A_left_log"}
         return names if any(isinstance(module, PlaneScan) for module in self.modules()) else set()
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns that put parameters into groups by depth."""
-        blocks: Any = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.norm", (99998,)),
-            (r"^norm\.", (99999,)),
-        ]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in the backward pass instead of keeping what is inside them."""
-        for stage in self.modules():
-            if isinstance(stage, Stage):
-                stage.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier of the pooled features, which has a hidden layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, on the device and in the type of the present weights.
-
-        Args:
-            num_classes: outputs; 0 leaves the pooled features.
-            global_pool: as in the constructor; None leaves it. ``""``, without classifier, gives ``forward_features``.
-
-        Raises:
-            InputError: a pooling that does not exist, or none for a classifier.
-        """
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pooling(global_pool, num_classes)
-        self.head: nn.Module = nn.Identity()
-        if num_classes:
+    def put_head(self) -> None:
+        """Set ``head``, which has a hidden layer, on the device and in the type of the present weights."""
+        self.head = nn.Identity()
+        if self.num_classes:
             place = self.norm.weight
-            self.head = MlpHead(self.num_features, num_classes, self.drop_rate).to(place.device, place.dtype)
+            self.head = MlpHead(self.num_features, self.num_classes, self.drop_rate).to(place.device, place.dtype)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return (B, C, H, W) of the last stage."""
@@ -377,10 +343,6 @@ class Mamba2D(nn.Module):
         if pooled.ndim == 2:
             pooled = self.norm(pooled)
         return pooled if pre_logits else self.head(pooled)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, classes)."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _mixer(kind: str, dim: int, backwards: bool) -> nn.Module:
@@ -426,47 +388,20 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Map
 # ---- the variants ----------------------------------------------------------------------------------------------------
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv",
-        "classifier": "head.fc2",
-        **kwargs,
-    }
-
-
+_OWN: dict[str, Any] = {"first_conv": "stem.conv", "classifier": "head.fc2"}
 default_cfgs = generate_default_cfgs(
     {
-        "mamba2d_nano": _cfg(
-            num_classes=10,
-            input_size=(3, 32, 32),
-            pool_size=(2, 2),
-            interpolation="bilinear",
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-        ),
-        "mamba2d_n": _cfg(),
-        "mamba2d_t": _cfg(),
-        "mamba2d_s": _cfg(),
+        "mamba2d_nano": nano_cfg(**_OWN),
+        "mamba2d_n": cfg(**_OWN),
+        "mamba2d_t": cfg(**_OWN),
+        "mamba2d_s": cfg(**_OWN),
     }
 )
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> Mamba2D:
-    return build_model_with_cfg(
-        Mamba2D,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
+    net: Mamba2D = create(Mamba2D, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return net
 
 
 @register_model

@@ -18,15 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError, unknown
 from vitrail.layers.mamba import Mamba, ScanPaths
-from vitrail.layers.pooling import global_pooling
 from vitrail.layers.scan.orders import Order, cross_merge, cross_scan, inverse, raster, rearrange
+from vitrail.models.staged import StagedNet, cfg, create, nano_cfg, through_blocks
 
 # ---- orders and designs ----------------------------------------------------------------------------------------------
 
@@ -259,11 +258,7 @@ class Stage(nn.Module):
         x = self.downsample(x)
         shape = tuple(x.shape[2:])
         places = x.flatten(2).transpose(1, 2)
-        for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                places = checkpoint(block, places, shape)
-            else:
-                places = block(places, shape)
+        places = through_blocks(self, places, shape)
         return places.transpose(1, 2).unflatten(2, shape)
 
 
@@ -304,7 +299,7 @@ class Stem(nn.Module):
 # ---- the net ---------------------------------------------------------------------------------------------------------
 
 
-class MambaND(nn.Module):
+class MambaND(StagedNet):
     """Mamba-ND with timm's surface, for images (B, C, H, W) or clips (B, C, T, H, W) of any size.
 
     Args:
@@ -330,6 +325,8 @@ class MambaND(nn.Module):
     Raises:
         InputError: sizes that do not go together, or a design or a pooling that is not allowed.
     """
+
+    BEHIND = r"^(?:fc_)?norm\."
 
     def __init__(
         self,
@@ -401,44 +398,9 @@ class MambaND(nn.Module):
         """Return patterns of matrices that are not decayed: with ``A_log`` at 0 all states forget at one pace."""
         return {"stem.pos_embed", "*.A_log*"}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns that put parameters into groups by depth."""
-        blocks: Any = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^(?:fc_)?norm\.", (99999,)),
-        ]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in the backward pass instead of keeping what is inside them."""
-        for stage in self.modules():
-            if isinstance(stage, Stage):
-                stage.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier of the pooled features."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, on the device and in the type of the present weights.
-
-        Args:
-            num_classes: outputs; 0 leaves the pooled features.
-            global_pool: as in the constructor; None leaves it. ``""``, without classifier, gives ``forward_features``.
-
-        Raises:
-            InputError: a pooling that does not exist, or none for a classifier.
-        """
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pooling(global_pool, num_classes)
-        self.head: nn.Module = nn.Identity()
-        if num_classes:
-            place = self.stem.pos_embed
-            self.head = nn.Linear(self.num_features, num_classes, device=place.device, dtype=place.dtype)
-            trunc_normal_(self.head.weight, std=self.head_std)
-            nn.init.zeros_(self.head.bias)
+    def put_head(self) -> None:
+        """Set ``head``, which begins as published."""
+        self.head = self.linear_head(self.num_features, self.head_std) if self.num_classes else nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return (B, C, ...), the grid at the stride of the last stage."""
@@ -450,10 +412,6 @@ class MambaND(nn.Module):
             return x
         pooled = self.fc_norm(self.global_pool(x.flatten(2, -2)))  # a clip is pooled as one high plane
         return pooled if pre_logits else self.head(self.drop(pooled))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, classes)."""
-        return self.forward_head(self.forward_features(x))
 
 
 # ---- the authors' weights --------------------------------------------------------------------------------------------
@@ -663,47 +621,19 @@ class GridForecast(nn.Module):
 # ---- the variants ----------------------------------------------------------------------------------------------------
 
 
-def _cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "pool_size": (side // 16, side // 16),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.projection",
-        "classifier": "head",
-        **kwargs,
-    }
-
-
+_OWN: dict[str, Any] = {"first_conv": "stem.projection"}
 default_cfgs = generate_default_cfgs(
     {
-        "mamba_nd_nano": _cfg(
-            32,
-            num_classes=10,
-            pool_size=(4, 4),
-            crop_pct=1.0,
-            interpolation="bilinear",
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-        ),
-        "mamba_nd_s": _cfg(),
-        "mamba_nd_b": _cfg(),
+        "mamba_nd_nano": nano_cfg(pool_size=(4, 4), **_OWN),
+        "mamba_nd_s": cfg(pool_size=(14, 14), crop_pct=0.875, **_OWN),
+        "mamba_nd_b": cfg(pool_size=(14, 14), crop_pct=0.875, **_OWN),
     }
 )
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> MambaND:
-    return build_model_with_cfg(
-        MambaND,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1), "flatten_sequential": True},
-        **kwargs,
-    )
+    net: MambaND = create(MambaND, variant, pretrained, checkpoint_filter_fn, stages=2, **kwargs)
+    return net
 
 
 @register_model

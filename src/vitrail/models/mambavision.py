@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerScale, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
 from vitrail.layers.mamba import Scan, initial_rates, rates
-from vitrail.layers.pooling import global_pooling
 from vitrail.layers.scan import selective_scan
+from vitrail.models.staged import StagedNet, cfg, create, nano_cfg, through_blocks
 
 STATES = 8
 """N of every published variant."""
@@ -170,22 +169,17 @@ class Stage(nn.Module):
         """Return (B, C, H, W)."""
         x = self.downsample(x)
         if self.window is None:
-            return self._through_blocks(x)
+            return through_blocks(self, x)
         height, width = x.shape[-2:]
         x = F.pad(x, (0, -width % self.window, 0, -height % self.window))
-        windows = self._through_blocks(to_windows(x, self.window))
+        windows = through_blocks(self, to_windows(x, self.window))
         return from_windows(windows, self.window, *x.shape[-2:])[:, :, :height, :width]
-
-    def _through_blocks(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
-        return x
 
 
 # ---- the net ---------------------------------------------------------------------------------------------------------
 
 
-class MambaVision(nn.Module):
+class MambaVision(StagedNet):
     """MambaVision with timm's surface; features at strides 4, 8, 16, 32 for images of any size.
 
     The first two stages are convolutional; the last two, which are hybrid, mix the places of windows.
@@ -291,56 +285,9 @@ class MambaVision(nn.Module):
         """Return patterns of matrices that are not decayed: with ``A_log`` at 0 all states forget at one pace."""
         return {"*.A_log"}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns that put parameters into groups by depth."""
-        blocks: Any = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^norm\.", (99999,)),
-        ]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in the backward pass instead of keeping what is inside them."""
-        for stage in self.modules():
-            if isinstance(stage, Stage):
-                stage.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier of the pooled features."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, on the device and in the type of the present weights.
-
-        Args:
-            num_classes: outputs; 0 leaves the pooled features.
-            global_pool: as in the constructor; None leaves it. ``""``, without classifier, gives ``forward_features``.
-
-        Raises:
-            InputError: a pooling that does not exist, or none for a classifier.
-        """
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pooling(global_pool, num_classes)
-        self.head: nn.Module = nn.Identity()
-        if num_classes:
-            place = self.norm.weight
-            self.head = nn.Linear(self.num_features, num_classes, device=place.device, dtype=place.dtype)
-            _init_weights(self.head)
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Return (B, 8 C, H/32, W/32)."""
         return self.norm(self.stages(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return logits, or with ``pre_logits`` the pooled features (B, 8 C)."""
-        pooled = self.global_pool(x)
-        return pooled if pre_logits else self.head(self.drop(pooled))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, classes)."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _stem(in_chans: int, inside: int, dim: int, stride: int) -> nn.Sequential:
@@ -384,35 +331,18 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Map
 # ---- the variants ----------------------------------------------------------------------------------------------------
 
 
-def _cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "pool_size": (side // 32, side // 32),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0",
-        "classifier": "head",
-        **kwargs,
-    }
-
-
 default_cfgs = generate_default_cfgs(
     {
-        "mambavision_nano": _cfg(
-            32, num_classes=10, pool_size=(2, 2), interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
-        ),
-        "mambavision_t": _cfg(),
-        "mambavision_t2": _cfg(crop_pct=0.98),
-        "mambavision_s": _cfg(crop_pct=0.93),
-        "mambavision_b": _cfg(),
-        "mambavision_l": _cfg(),
-        "mambavision_l2": _cfg(),
-        "mambavision_l2_512": _cfg(512, crop_pct=0.93, crop_mode="squash"),
-        "mambavision_l3_256": _cfg(256),
-        "mambavision_l3_512": _cfg(512, crop_pct=0.93, crop_mode="squash"),
+        "mambavision_nano": nano_cfg(),
+        "mambavision_t": cfg(),
+        "mambavision_t2": cfg(crop_pct=0.98),
+        "mambavision_s": cfg(crop_pct=0.93),
+        "mambavision_b": cfg(),
+        "mambavision_l": cfg(),
+        "mambavision_l2": cfg(),
+        "mambavision_l2_512": cfg(512, crop_pct=0.93, crop_mode="squash"),
+        "mambavision_l3_256": cfg(256),
+        "mambavision_l3_512": cfg(512, crop_pct=0.93, crop_mode="squash"),
     }
 )
 _S: dict[str, Any] = {"stem_dim": 64, "dim": 96, "depths": (3, 3, 7, 5)}
@@ -423,14 +353,8 @@ _L3: dict[str, Any] = {**_L, "dim": 256, "depths": (3, 3, 20, 10)}
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> MambaVision:
-    return build_model_with_cfg(
-        MambaVision,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
+    net: MambaVision = create(MambaVision, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return net
 
 
 @register_model

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block as TransformerBlock
 from torch import Tensor, nn
 
 from vitrail.errors import InputError, unknown
 from vitrail.layers.mamba import SS2D, Mamba, MambaBlock
-from vitrail.layers.pooling import global_pooling
 from vitrail.layers.scan.lti import S4, S4D, S5
 from vitrail.layers.scan.orders import Order, cross, inverse, raster, rearrange, snake, windows
+from vitrail.models.staged import StagedNet, cfg, create, nano_cfg, through_blocks
 
 # ---- the core layers, in a net for sequences -------------------------------------------------------------------------
 
@@ -201,12 +201,10 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, C, H, W)."""
         x = self.downsample(x.permute(0, 2, 3, 1))
-        for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
-        return x.permute(0, 3, 1, 2)
+        return through_blocks(self, x).permute(0, 3, 1, 2)
 
 
-class MedMamba(nn.Module):
+class MedMamba(StagedNet):
     """MedMamba with timm's surface; features at four strides for images of any size.
 
     Args:
@@ -244,7 +242,7 @@ class MedMamba(nn.Module):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.stem = PatchEmbed(in_chans, dims[0], patch_size)
-        self.drop = nn.Dropout(drop_rate)
+        self.stem_drop, self.drop = nn.Dropout(drop_rate), nn.Identity()
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         stages, self.feature_info = [], []
         for number, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
@@ -264,52 +262,9 @@ class MedMamba(nn.Module):
         """Return patterns of matrices that are not decayed: with ``A_logs`` at 0 all states forget at one pace."""
         return {"*.A_logs"}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns that put parameters into groups by depth."""
-        blocks: Any = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in the backward pass instead of keeping what is inside them."""
-        for stage in self.modules():
-            if isinstance(stage, Stage):
-                stage.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier of the pooled features."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, on the device and in the type of the present weights.
-
-        Args:
-            num_classes: outputs; 0 leaves the pooled features.
-            global_pool: as in the constructor; None leaves it. ``""``, without classifier, gives ``forward_features``.
-
-        Raises:
-            InputError: a pooling that does not exist, or none for a classifier.
-        """
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pooling(global_pool, num_classes)
-        self.head: nn.Module = nn.Identity()
-        if num_classes:
-            place = self.stem.proj.weight
-            self.head = nn.Linear(self.num_features, num_classes, device=place.device, dtype=place.dtype)
-            _init_linear(self.head)
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Return (B, C, H, W) of the last stage."""
-        return self.stages(self.drop(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return logits, or with ``pre_logits`` the pooled features (B, C)."""
-        pooled = self.global_pool(x)
-        return pooled if pre_logits else self.head(pooled)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, classes)."""
-        return self.forward_head(self.forward_features(x))
+        return self.stages(self.stem_drop(self.stem(x)))
 
 
 def _init_linear(module: nn.Module) -> None:
@@ -924,43 +879,28 @@ def _rename(key: str, table: Sequence[tuple[str, Any]]) -> str:
 # ---- the variants ----------------------------------------------------------------------------------------------------
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-        # The authors' training scales pixels to [-1, 1].
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
-        "first_conv": "stem.proj",
-        "classifier": "head",
-        **kwargs,
-    }
-
-
+# The authors' training scales pixels to [-1, 1].
+_OWN: dict[str, Any] = {
+    "interpolation": "bilinear",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "first_conv": "stem.proj",
+}
 default_cfgs = generate_default_cfgs(
     {
-        "medmamba_nano": _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(2, 2)),
-        "medmamba_t": _cfg(),
-        "medmamba_s": _cfg(),
-        "medmamba_s12": _cfg(),
-        "medmamba_b": _cfg(),
-        "medmamba_b16": _cfg(),
+        "medmamba_nano": nano_cfg(**_OWN),
+        "medmamba_t": cfg(**_OWN),
+        "medmamba_s": cfg(**_OWN),
+        "medmamba_s12": cfg(**_OWN),
+        "medmamba_b": cfg(**_OWN),
+        "medmamba_b16": cfg(**_OWN),
     }
 )
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> MedMamba:
-    return build_model_with_cfg(
-        MedMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
+    net: MedMamba = create(MedMamba, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return net
 
 
 _BASE: dict[str, Any] = {"dims": (128, 256, 512, 1024)}

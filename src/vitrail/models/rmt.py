@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerScale, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
-from vitrail.layers.pooling import global_pooling
+from vitrail.models.staged import StagedNet, cfg, create, nano_cfg, through_blocks
 
 # ---- the mathematics -------------------------------------------------------------------------------------------------
 
@@ -254,18 +253,14 @@ class Stage(nn.Module):
         """Return (B, C, H, W)."""
         x = self.downsample(x).permute(0, 2, 3, 1)
         tables = self.prior(x.shape[1], x.shape[2], x.device)
-        for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, tables)
-            else:
-                x = block(x, tables)
+        x = through_blocks(self, x, tables)
         return x.permute(0, 3, 1, 2)
 
 
 # ---- the net ---------------------------------------------------------------------------------------------------------
 
 
-class RMT(nn.Module):
+class RMT(StagedNet):
     """RMT with timm's surface; features at strides 4, 8, 16, 32 for images of any size.
 
     Args:
@@ -291,6 +286,8 @@ class RMT(nn.Module):
         InputError: stages of different number, a width that the heads do not divide evenly, a decay or a stride or a
             pooling that is not allowed.
     """
+
+    BEHIND = r"^(?:proj|norm)\."
 
     def __init__(
         self,
@@ -373,50 +370,10 @@ class RMT(nn.Module):
         # The authors' attention first draws Xavier weights, which this replaces.
         self.apply(_init_weights)
 
-    def no_weight_decay(self) -> set[str]:
-        """Return names of matrices that are not decayed: none; vectors never are."""
-        return set()
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns that put parameters into groups by depth."""
-        blocks: Any = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^(?:proj|norm)\.", (99999,)),
-        ]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in the backward pass instead of keeping what is inside them."""
-        for stage in self.modules():
-            if isinstance(stage, Stage):
-                stage.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier of the pooled features."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifiers, on the device and in the type of the present weights.
-
-        Args:
-            num_classes: outputs; 0 leaves the pooled features.
-            global_pool: as in the constructor; None leaves it. ``""``, without classifier, gives ``forward_features``.
-
-        Raises:
-            InputError: a pooling that does not exist, or none for a classifier.
-        """
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pooling(global_pool, num_classes)
-
-        def linear(width: int) -> nn.Module:
-            layer = nn.Linear(width, num_classes, device=self.proj.weight.device, dtype=self.proj.weight.dtype)
-            _init_weights(layer)
-            return layer
-
-        self.head = linear(self.head_hidden_size) if num_classes else nn.Identity()
-        self.token_head = linear(self.num_features) if num_classes and self.has_token_head else None
+    def put_head(self) -> None:
+        """Set both classifiers, of the pooled features and of places."""
+        super().put_head()
+        self.token_head = self.linear_head(self.num_features) if self.num_classes and self.has_token_head else None
 
     def token_logits(self, x: Tensor) -> Tensor:
         """Return the answer of every place, (B, HW, classes), from ``forward_features``: what token labels train.
@@ -443,10 +400,6 @@ class RMT(nn.Module):
         logits = self.head(self.drop(pooled))
         # While it trains, the authors' net returns the two apart, for an objective that has a label for each place.
         return logits if self.token_head is None else logits + 0.5 * self.token_logits(x).amax(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, classes)."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _stem(in_chans: int, dim: int, stride: int) -> nn.Sequential:
@@ -498,41 +451,17 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Map
 # ---- the variants ----------------------------------------------------------------------------------------------------
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0",
-        "classifier": "head",
-        **kwargs,
-    }
-
-
-_BOTH_HEADS = {"classifier": ("head", "token_head")}
-_SMALL = {
-    "num_classes": 10,
-    "input_size": (3, 32, 32),
-    "pool_size": (2, 2),
-    "crop_pct": 1.0,
-    "interpolation": "bilinear",
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-}
+_BOTH_HEADS: dict[str, Any] = {"classifier": ("head", "token_head")}
 default_cfgs = generate_default_cfgs(
     {
-        "rmt_nano": _cfg(**_SMALL),
-        "rmt_t": _cfg(),
-        "rmt_s": _cfg(),
-        "rmt_b": _cfg(),
-        "rmt_l": _cfg(),
-        "rmt_s_label": _cfg(**_BOTH_HEADS),
-        "rmt_b_label": _cfg(**_BOTH_HEADS),
-        "rmt_l_label": _cfg(**_BOTH_HEADS),
+        "rmt_nano": nano_cfg(),
+        "rmt_t": cfg(),
+        "rmt_s": cfg(),
+        "rmt_b": cfg(),
+        "rmt_l": cfg(),
+        "rmt_s_label": cfg(**_BOTH_HEADS),
+        "rmt_b_label": cfg(**_BOTH_HEADS),
+        "rmt_l_label": cfg(**_BOTH_HEADS),
     }
 )
 _T: dict[str, Any] = {"decomposed": (True, True, False, False)}
@@ -554,14 +483,8 @@ _L: dict[str, Any] = {
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> RMT:
-    return build_model_with_cfg(
-        RMT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(kwargs.get("embed_dims", (0,) * 4)))), "flatten_sequential": True},
-        **kwargs,
-    )
+    net: RMT = create(RMT, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return net
 
 
 @register_model
