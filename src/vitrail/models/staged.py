@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -39,14 +40,12 @@ class StagedNet(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return patterns that put parameters into groups by depth."""
-        blocks = [
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.norm", (99998,)),
-            (r"^stages\.(\d+)\.", (0,)),
-            (self.BEHIND, (99999,)),
-        ]
-        whole = [(r"^stages\.(\d+)", None), (self.BEHIND, (99999,))]
-        return {"stem": self.BEFORE, "blocks": whole if coarse else blocks}
+        apart = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)\.norm", (99998,))]
+        rest = (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.", None if coarse else (0,))
+        names = [name for name, _ in self.named_parameters()]
+        patterns = [*([] if coarse else apart), rest, (self.BEHIND, (99999,))]
+        blocks = [entry for entry in patterns if any(re.match(entry[0], name) for name in names)]
+        return {"stem": self.BEFORE, "blocks": blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute blocks again in the backward pass instead of keeping what is inside them."""
