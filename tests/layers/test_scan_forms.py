@@ -324,3 +324,15 @@ def test_forms_agree_within_the_stated_tolerance(form):
             values_and_gradients(selective_scan, given, softplus=True, form=name) for name in (form, "reference")
         )
     agree(found, expected, 5e-5)
+
+
+def test_real_b_and_c_go_with_complex_rates():
+    given = inputs(2, 4, 17, 3, 1, complex_state=True, dtype=torch.float64)
+    given |= {name: given[name].real.clone() for name in ("B", "C")}
+    found = {}
+    for form in ("reference", "portable"):
+        leaves = {name: value.detach().requires_grad_() for name, value in given.items()}
+        y, last = selective_scan(**leaves, form=form)
+        found[form] = [y, last, *torch.autograd.grad(y.sum() + last.abs().sum(), list(leaves.values()))]
+    for ours, theirs in zip(found["portable"], found["reference"], strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -28,6 +28,8 @@ def selective_scan_portable(
     side: once from a state of zero, to find what each adds to the state before it, and again from that. Between forward
     and backward the state before each segment is kept.
     """
+    if A.is_complex():  # what enters is added up in place
+        B, C = B.to(A.dtype), C.to(A.dtype)
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         y, last, _ = _scan(u, delta, A, B, C, state, exporting=True)
     else:
