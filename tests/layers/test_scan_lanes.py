@@ -4,17 +4,29 @@ import pytest
 numba = pytest.importorskip("numba")
 
 from vitrail.layers.scan import lanes  # noqa: E402
-from vitrail.layers.scan.lanes import FLAGS, IN_ORDER, LANES, LOG2_E, _exp2, add_sums, exp2, load, room, store, vector  # noqa: E402
+from vitrail.layers.scan.lanes import (  # noqa: E402
+    FLAGS,
+    IN_ORDER,
+    LANES,
+    LOG2_E,
+    _exp2,
+    add_sums,
+    exp2,
+    load,
+    room,
+    sigmoid,
+    softplus,
+    store,
+    vector,
+)
 
 
 def values(*shape):
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
-@pytest.fixture(params=["AVX-512 where there is", "anywhere"])
-def powers(request, monkeypatch):
-    if request.param == "anywhere":
-        monkeypatch.setattr(lanes, "_has_avx512", lambda context: False)
+def of_each(function):
+    """Return a function of vectors as one of arrays."""
 
     @numba.njit(**IN_ORDER)
     def run(x):
@@ -22,7 +34,7 @@ def powers(request, monkeypatch):
         for start in range(0, x.size, LANES):
             for k in range(LANES):
                 rows[0, k] = x[start + k]
-            rows[0] = exp2(rows[0])
+            rows[0] = function(rows[0])
             for k in range(LANES):
                 x[start + k] = rows[0, k]
 
@@ -32,6 +44,18 @@ def powers(request, monkeypatch):
         return found[: len(x)]
 
     return of
+
+
+@pytest.fixture(params=["AVX-512 where there is", "anywhere"])
+def powers(request, monkeypatch):
+    if request.param == "anywhere":
+        monkeypatch.setattr(lanes, "_has_avx512", lambda context: False)
+
+    @numba.njit(**IN_ORDER)
+    def one(x):
+        return exp2(x)
+
+    return of_each(one)
 
 
 def test_powers_of_two(powers):
@@ -49,6 +73,22 @@ def test_powers_beyond_a_float(powers):
     assert np.all(powers([127, 200, 1e4, 1e30, np.inf]) >= 2.0**126)
 
 
+@pytest.mark.parametrize(
+    ("function", "exact"),
+    [(softplus, lambda x: np.logaddexp(0, x)), (sigmoid, lambda x: np.exp(-np.logaddexp(0, -x)))],
+    ids=["softplus", "sigmoid"],
+)
+def test_softplus_and_its_slope(function, exact):
+    run = of_each(function)
+    x = np.concatenate([np.linspace(-87, 100, 200_001), np.linspace(-1, 1, 20_001)]).astype(np.float32)
+    assert np.abs(run(x) / exact(x.astype(np.float64)) - 1).max() < 4e-7
+    assert run([np.nan]) != run([np.nan])
+    low = run([-87.5, -200, -1e30, -np.inf])
+    assert np.all((low > 0) & (low < 2e-38))
+    high = run([20, 21, 1e4, 1e30, np.inf])
+    assert np.array_equal(high, np.float32([20, 21, 1e4, 1e30, np.inf] if function is softplus else [1] * 5))
+
+
 @numba.njit(**IN_ORDER)
 def through_tiles(x, first, width, start, count, moved, sums):
     rows = room(40)
@@ -63,9 +103,15 @@ def through_tiles(x, first, width, start, count, moved, sums):
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 32, 37])
 @pytest.mark.parametrize("width", [1, 15, 16])
-def test_columns_become_rows_and_back(width, count):
-    x = values(20, 45)
-    moved, sums = np.zeros_like(x), np.ones(45, np.float32)
+@pytest.mark.parametrize("order", ["steps", "channels", "neither"])
+def test_columns_become_rows_and_back(width, count, order):
+    shape, cut = {
+        "steps": ((20, 45), lambda x: x),
+        "channels": ((45, 20), lambda x: x.T),
+        "neither": ((20, 45, 2), lambda x: x[..., 1]),
+    }[order]
+    x, moved = cut(values(*shape)), cut(np.zeros(shape, np.float32))
+    sums = np.ones(45, np.float32)
     through_tiles(x, 3, width, 5, count, moved, sums)
     part = (slice(3, 3 + width), slice(5, 5 + count))
     expected = np.zeros_like(x)

@@ -137,9 +137,20 @@ def test_segments_and_chunks_of_the_portable_form(monkeypatch, length, complex_s
 @pytest.mark.parametrize("form", FORMS)
 def test_arrays_may_lie_in_memory_in_any_order(form):
     given = {name: value.detach() for name, value in inputs(2, 18, 40, 16, 1).items()}
-    turned = {name: value.transpose(0, -1).contiguous().transpose(0, -1) for name, value in given.items()}
-    expected = values_and_gradients(scan(form), {k: v.requires_grad_() for k, v in given.items()})
-    agree(values_and_gradients(scan(form), {k: v.requires_grad_() for k, v in turned.items()}), expected, 1e-6)
+    expected = values_and_gradients(scan(form), {k: v.clone().requires_grad_() for k, v in given.items()})
+    for axis in (0, -2):
+        turned = {k: v.transpose(axis % v.ndim, -1).contiguous() if v.ndim > 1 else v for k, v in given.items()}
+        turned = {k: v.transpose(axis % v.ndim, -1) if v.ndim > 1 else v for k, v in turned.items()}
+        turned = {k: v.detach().requires_grad_() for k, v in turned.items()}
+        agree(values_and_gradients(scan(form), turned), expected, 1e-6)
+
+
+def test_machine_code_leaves_the_order_in_memory_as_it_is():
+    pytest.importorskip("numba")
+    given = {name: value.detach() for name, value in inputs(2, 18, 40, 16, 1).items()}
+    last = {name: given[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("u", "delta")}
+    y, _ = selective_scan(**{**given, **last, "z": None}, form="compiled")
+    assert y.stride() == last["delta"].stride()
 
 
 def test_long_sequences():
@@ -186,6 +197,33 @@ def test_autocast_does_not_round_the_states(form):
     with torch.autocast("cpu", torch.bfloat16):
         found = values_and_gradients(scan(form), given)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("left_out", [(), ("D",), ("delta_bias",), ("state", "D", "delta_bias")], ids=str)
+@pytest.mark.parametrize("softplus", [True, False])
+def test_what_machine_code_does_around_the_scan(softplus, left_out, dtype):
+    """Softplus, with its bias, and D u, of the step sizes from the smallest to the largest."""
+    pytest.importorskip("numba")
+    given = inputs(2, 36, 70, 3, 2)
+    given = {name: value.detach() for name, value in given.items() if name not in left_out}
+    if softplus:
+        given["delta"] += torch.linspace(-90, 40, 36)[:, None]
+    else:  # states would grow
+        given |= {name: given[name].abs() for name in ("delta", "delta_bias") if name in given}
+    low = {name: value.to(dtype) if name in ("u", "delta") else value for name, value in given.items()}
+    found, expected = (
+        values_and_gradients(
+            lambda **given: selective_scan(**given, softplus=softplus, form=form),  # noqa: B023
+            {name: value.detach().clone().requires_grad_() for name, value in low.items()},
+        )
+        for form in ("compiled", "reference")
+    )
+    agree(found, expected, 2e-5 if dtype == torch.float32 else 0.01)
+    if dtype == torch.float32 and softplus:  # channel by channel, as small ones are lost beside large ones
+        steps = list(given).index("delta") + 2
+        scale = expected[steps].abs().amax((0, 2)).clamp(min=1e-30)
+        assert float(((found[steps] - expected[steps]).abs().amax((0, 2)) / scale).max()) < 1e-4
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -317,7 +355,10 @@ def test_it_is_an_operator_that_torch_knows():
     pytest.importorskip("numba")
     values = [value.detach() for value in inputs(1, 4, 40, 3, 2).values()]
     u, delta, A, B, C, state = *values[:5], values[-1]
-    torch.library.opcheck(torch.ops.vitrail.selective_scan.default, (u, delta.abs(), A, B, C, state))
+    last = delta.transpose(1, 2).contiguous().transpose(1, 2)  # channels
+    for step, softplus in ((delta.abs(), False), (last, True)):
+        given = (u, step, A, B, C, state, torch.rand(4, 2), softplus)
+        torch.library.opcheck(torch.ops.vitrail.selective_scan.default, given)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,7 @@ def _(now: Tensor, value: Tensor, A: Tensor, *rest: Tensor) -> tuple[Tensor, Ten
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     # Read when an export begins: onnxscript takes a second to import.
+    from vitrail.layers.scan import plane_exported  # noqa: F401 - it makes its operator known to torch
     from vitrail.layers.scan.onnx_steps import complex_steps, plane_steps, steps
 
     return {

@@ -95,7 +95,9 @@ def _define(symbol: Callable[..., Any], instruction: str) -> None:
 
 
 _define(operator.add, "fadd")
+_define(operator.sub, "fsub")
 _define(operator.mul, "fmul")
+_define(operator.truediv, "fdiv")
 
 
 @intrinsic
@@ -112,6 +114,17 @@ def muladd(context: Any, a: Any, b: Any, c: Any) -> Any:
         return _call(builder, "llvm.fmuladd.v16f32", *(_spread(builder, x) for x in arguments))
 
     return lanes(a, b, c), generate
+
+
+@intrinsic
+def below_zero(context: Any, x: Any, a: Any, b: Any) -> Any:
+    """Return a where x < 0, and b elsewhere, also where x is not a number."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        x, a, b = (_spread(builder, value) for value in arguments)
+        return builder.select(builder.fcmp_ordered("<", x, _number(0)), a, b)
+
+    return lanes(x, a, b), generate
 
 
 # 2^f for f from -1/2 to 1/2 as 1 + f q(f), to 1e-7, and exactly 1 at 0: many small steps must not add up an error.
@@ -167,6 +180,43 @@ def _series(builder: Any, f: Any) -> Any:
     for coefficient in [*SERIES[-2::-1], 1.0]:
         found = _call(builder, "llvm.fmuladd.v16f32", found, f, _number(coefficient))
     return found
+
+
+# log(1 + e) for e from 0 to 1 as e times a polynomial, exact at Chebyshev's points.
+_POINTS = (np.cos(np.pi * (2 * np.arange(10) + 1) / 20) + 1) / 2
+LOG1P = tuple(np.polynomial.polynomial.polyfit(_POINTS, np.log1p(_POINTS) / _POINTS, 9).astype(np.float32)[::-1])
+LN2_HIGH = np.float32(0.693359375)
+"""The logarithm of 2 in so few bits that its product with a small integer is exact."""
+LN2_LOW = np.float32(np.log(2) - 0.693359375)
+LEAST, ROUND = np.float32(-87), np.float32(ROUNDING)
+ZERO, ONE, MINUS = np.float32(0), np.float32(1), np.float32(-1)
+
+
+@numba.njit(**IN_ORDER)
+def exp_of_minus(x):  # type: ignore[no-untyped-def]
+    """Return e^-|x|, to 3e-7 of itself, and e^-87 for what is less."""
+    x = below_zero(x, x, x * MINUS)
+    x = below_zero(x - LEAST, vector(LEAST), x)
+    whole = (x * LOG2_E + ROUND) - ROUND
+    rest = muladd(whole, LN2_LOW * MINUS, muladd(whole, LN2_HIGH * MINUS, x))
+    return exp2(rest * LOG2_E) * exp2(whole)
+
+
+@numba.njit(**IN_ORDER)
+def softplus(x):  # type: ignore[no-untyped-def]
+    """Return log(1 + e^x), to 4e-7 of itself, and e^-87 for what is less."""
+    e = exp_of_minus(x)
+    found = vector(LOG1P[0])
+    for coefficient in LOG1P[1:]:
+        found = muladd(found, e, vector(coefficient))
+    return muladd(found, e, below_zero(x, ZERO, x))
+
+
+@numba.njit(**IN_ORDER)
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    """Return 1 / (1 + e^-x), to 4e-7 of itself, and e^-87 for what is less: the slope of ``softplus``."""
+    e = exp_of_minus(x)
+    return below_zero(x, e, ONE) / (e + ONE)
 
 
 # ---- tiles
@@ -245,7 +295,7 @@ def clear(rows, count):  # type: ignore[no-untyped-def]
         rows[t] = vector(np.float32(0))
 
 
-# ---- between tiles and arrays, whose rows are columns of tiles
+# ---- between tiles and arrays (channels, steps), of which either may lie side by side in memory
 
 
 @intrinsic
@@ -262,7 +312,11 @@ def at(context: Any, values: Any, index: Any) -> Any:
 @numba.njit(**IN_ORDER)
 def load(rows, values, first, width, start, count):  # type: ignore[no-untyped-def]
     """Set ``rows[t, k]`` to ``values[first + k, start + t]`` for ``width`` k and ``count`` t; other lanes to 0."""
-    squares = count // LANES if width == LANES else 0
+    if width == LANES and values.strides[0] == values.itemsize:
+        for t in range(count):
+            rows[t] = _load_row(values, first, start + t)
+        return
+    squares = count // LANES if width == LANES and values.strides[1] == values.itemsize else 0
     for square in range(squares):
         _load_square(rows, square * LANES, values, first, start + square * LANES)
     for t in range(squares * LANES, count):
@@ -274,7 +328,11 @@ def load(rows, values, first, width, start, count):  # type: ignore[no-untyped-d
 @numba.njit(**IN_ORDER)
 def store(rows, values, first, width, start, count):  # type: ignore[no-untyped-def]
     """Set ``values[first + k, start + t]`` to ``rows[t, k]``."""
-    squares = count // LANES if width == LANES else 0
+    if width == LANES and values.strides[0] == values.itemsize:
+        for t in range(count):
+            _store_row(values, first, start + t, rows[t])
+        return
+    squares = count // LANES if width == LANES and values.strides[1] == values.itemsize else 0
     for square in range(squares):
         _store_square(rows, square * LANES, values, first, start + square * LANES)
     for k in range(width):
@@ -298,12 +356,28 @@ def _load_rows(builder: Any, rows: Any, t: Any) -> list[Any]:
 
 
 def _place(context: Any, builder: Any, kind: Any, values: Any, i: Any, j: Any) -> Any:
-    """Return where [i, j] is in an array of two axes, the last contiguous."""
+    """Return where [i, j] is in an array of two axes."""
     array = context.make_array(kind)(context, builder, values)
-    stride = builder.extract_value(array.strides, 0)
+    offset = builder.add(*(builder.mul(x, builder.extract_value(array.strides, axis)) for axis, x in enumerate((i, j))))
     start = builder.bitcast(array.data, ir.PointerType(ir.IntType(8)))
-    floats = builder.bitcast(builder.gep(start, [builder.mul(i, stride)]), ir.PointerType(FLOAT))
-    return builder.bitcast(builder.gep(floats, [j]), ir.PointerType(FLOATS))
+    return builder.bitcast(builder.gep(start, [offset]), ir.PointerType(FLOATS))
+
+
+@intrinsic
+def _load_row(context: Any, values: Any, i: Any, j: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load(_place(context, builder, signature.args[0], *arguments), align=ANYWHERE)
+
+    return lanes(values, types.intp, types.intp), generate
+
+
+@intrinsic
+def _store_row(context: Any, values: Any, i: Any, j: Any, row: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        values, i, j, row = arguments
+        builder.store(row, _place(context, builder, signature.args[0], values, i, j), align=ANYWHERE)
+
+    return types.void(values, types.intp, types.intp, lanes), generate
 
 
 @intrinsic

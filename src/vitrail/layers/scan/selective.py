@@ -84,11 +84,6 @@ def selective_scan(
     B, C = (x.unsqueeze(1) if x.ndim == 3 else x for x in (B, C))
     _check(u, delta, A, B, C, state)
     kind = torch.float64 if A.dtype in (torch.float64, torch.complex128) else torch.float32
-    x, step = u.to(kind), delta.to(kind)
-    if delta_bias is not None:
-        step = step + delta_bias.to(kind)[:, None]
-    if softplus:
-        step = F.softplus(step)
     name = scan_form(u, A, state) if form is None else form
     if not callable(name) and name not in SCAN_FORMS:
         raise unknown("form of the scan", name, SCAN_FORMS, f"there are {', '.join(SCAN_FORMS)}")
@@ -99,13 +94,36 @@ def selective_scan(
         state = torch.zeros(u.shape[0], *A.shape, dtype=kind, device=u.device)
         state = torch.complex(state, state) if A.is_complex() else state  # ONNX has no zero of a complex type
     B, C = (value if value.is_complex() else value.to(kind) for value in (B, C))
-    run = name if callable(name) else SCAN_FORMS[name]
-    y, last = run(x, step, A.to(inner), B, C, state.to(inner))
-    if D is not None:
-        y = torch.addcmul(y, x, D.to(kind)[:, None])
+    D, delta_bias = (None if value is None else value.to(kind) for value in (D, delta_bias))
+    given = (u.to(kind), delta.to(kind), A.to(inner), B, C, state.to(inner), D, delta_bias, softplus)
+    if name == "compiled":  # which does all of it in one pass
+        y, last = selective_scan_compiled(*given)
+    else:
+        y, last = _around(name if callable(name) else SCAN_FORMS[name], *given)
     if z is not None:
         y = y * F.silu(z.to(kind))
     return y.to(u.dtype), last
+
+
+def _around(
+    form: Form,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the scan by ``form``, which takes step sizes as they are and leaves out D u."""
+    if delta_bias is not None:
+        delta = delta + delta_bias[:, None]
+    if softplus:
+        delta = F.softplus(delta)
+    y, last = form(u, delta, A, B, C, state)
+    return y if D is None else torch.addcmul(y, u, D[:, None]), last
 
 
 def selective_step(
