@@ -18,16 +18,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError, unknown
 from vitrail.layers.mamba import SS2D, ScanPaths
-from vitrail.layers.pooling import global_pooling
 from vitrail.layers.scan.orders import cross, inverse, rearrange
 from vitrail.layers.two_heads import TwoHeaded, fitting_heads
+from vitrail.models.staged import StagedNet, cfg, create, nano_cfg, through_blocks
 
 GROUPS = 4
 """G: as many as there are directions."""
@@ -162,15 +161,13 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, C, H, W)."""
         x = self.embed_norm(self.downsample(x).permute(0, 2, 3, 1))
-        for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
-        return self.norm(x).permute(0, 3, 1, 2)
+        return self.norm(through_blocks(self, x)).permute(0, 3, 1, 2)
 
 
 # ---- the net ---------------------------------------------------------------------------------------------------------
 
 
-class GroupMamba(TwoHeaded):
+class GroupMamba(TwoHeaded, StagedNet):
     """GroupMamba with timm's surface; features at strides 4, 8, 16, 32 for images of any size.
 
     Args:
@@ -194,6 +191,9 @@ class GroupMamba(TwoHeaded):
         InputError: stages of another number, a width that the groups do not divide, a kind of scan that there is not,
             a stride or a pooling that is not allowed.
     """
+
+    BEFORE = r"^stages\.0\.downsample"
+    BEHIND = r"^(?:post|norm)\."
 
     def __init__(
         self,
@@ -251,37 +251,9 @@ class GroupMamba(TwoHeaded):
         """Return patterns of matrices that are not decayed: they set how fast states forget."""
         return {"*.A_logs", "*.dt_projs_bias"}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns that put parameters into groups by depth."""
-        blocks: Any = [
-            (r"^stages\.(\d+)\.(?:downsample|embed_norm)", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.norm", (99998,)),
-            (r"^(?:post|norm)\.", (99999,)),
-        ]
-        by_stage: Any = [(r"^stages\.(\d+)", None), (r"^(?:post|norm)\.", (99999,))]
-        return {"stem": r"^stages\.0\.downsample", "blocks": by_stage if coarse else blocks}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in the backward pass instead of keeping what is inside them."""
-        for stage in self.modules():
-            if isinstance(stage, Stage):
-                stage.grad_checkpointing = enable
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifiers, on the device and in the type of the present weights.
-
-        Args:
-            num_classes: outputs; 0 leaves the pooled features.
-            global_pool: as in the constructor; None leaves it. ``""``, without classifier, gives ``forward_features``.
-
-        Raises:
-            InputError: a pooling that does not exist, or none for a classifier.
-        """
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pooling(global_pool, num_classes)
-        self.put_heads(self.num_features, num_classes, self.norm.weight)
+    def put_head(self) -> None:
+        """Set the classifiers, on the device and in the type of the present weights."""
+        self.put_heads(self.num_features, self.num_classes, self.norm.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return (B, C, H/32, W/32)."""
@@ -297,10 +269,6 @@ class GroupMamba(TwoHeaded):
             return pooled
         pooled = self.norm(self.post(pooled))
         return pooled if pre_logits else self.logits(self.drop(pooled))
-
-    def forward(self, x: Tensor) -> Any:
-        """Return logits (B, classes), or the pair that ``forward_head`` describes."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _stem(in_chans: int, inside: int, dim: int, stride: int) -> nn.Sequential:
@@ -373,42 +341,20 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Map
 # ---- the variants ----------------------------------------------------------------------------------------------------
 
 
-def _cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "pool_size": (side // 32, side // 32),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stages.0.downsample.0",
-        "classifier": "head",
-        **kwargs,
-    }
-
-
+_OWN: dict[str, Any] = {"first_conv": "stages.0.downsample.0", "crop_pct": 0.875}
 default_cfgs = generate_default_cfgs(
     {
-        "groupmamba_nano": _cfg(
-            32, num_classes=10, pool_size=(2, 2), interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
-        ),
-        "groupmamba_tiny": _cfg(),
-        "groupmamba_small": _cfg(),
-        "groupmamba_base": _cfg(),
+        "groupmamba_nano": nano_cfg(**_OWN),
+        "groupmamba_tiny": cfg(**_OWN),
+        "groupmamba_small": cfg(**_OWN),
+        "groupmamba_base": cfg(**_OWN),
     }
 )
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> GroupMamba:
-    return build_model_with_cfg(
-        GroupMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
+    net: GroupMamba = create(GroupMamba, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return net
 
 
 @register_model

@@ -21,17 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, lecun_normal_, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
 from vitrail.layers.mamba import initial_rates, rates
-from vitrail.layers.pooling import global_pooling
 from vitrail.layers.scan import selective_scan
 from vitrail.layers.scan.orders import Order, cross_merge, cross_scan, snake
 from vitrail.layers.two_heads import TwoHeaded, fitting_heads
+from vitrail.models.staged import StagedNet, cfg, create, nano_cfg
 
 STATES = 16
 """N of every published variant."""
@@ -196,7 +195,7 @@ def _positions(learnt: Tensor, plane: tuple[int, int]) -> Tensor:
 # ---- the net ---------------------------------------------------------------------------------------------------------
 
 
-class VCMamba(TwoHeaded):
+class VCMamba(TwoHeaded, StagedNet):
     """VCMamba with timm's surface; features at strides 4, 8, 16, 32 for images of any size.
 
     Args:
@@ -276,35 +275,9 @@ class VCMamba(TwoHeaded):
         names = [name for name, _ in self.named_parameters()]
         return {pattern for pattern, end in found.items() if any(name.endswith(end) for name in names)}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns that put parameters into groups by depth."""
-        blocks: Any = [
-            (r"^stages\.(\d+)\.(?:downsample|pos_embed)", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^norm\.", (99999,)),
-        ]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in the backward pass instead of keeping what is inside them."""
-        for stage in self.modules():
-            if isinstance(stage, Stage):
-                stage.grad_checkpointing = enable
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifiers, on the device and in the type of the present weights.
-
-        Args:
-            num_classes: outputs; 0 leaves the pooled features.
-            global_pool: as in the constructor; None leaves it. ``""``, without classifier, gives ``forward_features``.
-
-        Raises:
-            InputError: a pooling that does not exist, or none for a classifier.
-        """
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pooling(global_pool, num_classes)
-        self.put_heads(self.num_features, num_classes, self.norm.weight)
+    def put_head(self) -> None:
+        """Set the classifiers, on the device and in the type of the present weights."""
+        self.put_heads(self.num_features, self.num_classes, self.norm.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return (B, C, H/32, W/32)."""
@@ -317,10 +290,6 @@ class VCMamba(TwoHeaded):
         """
         pooled = self.global_pool(x)
         return pooled if pre_logits else self.logits(self.drop(pooled))
-
-    def forward(self, x: Tensor) -> Any:
-        """Return logits (B, classes), or the pair that ``forward_head`` describes."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _stem(in_chans: int, dim: int, stride: int) -> nn.Sequential:
@@ -378,42 +347,20 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Map
 # ---- the variants ----------------------------------------------------------------------------------------------------
 
 
-def _cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "pool_size": (side // 32, side // 32),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0",
-        "classifier": "head",
-        **kwargs,
-    }
-
-
+_OWN: dict[str, Any] = {"crop_pct": 0.9}
 default_cfgs = generate_default_cfgs(
     {
-        "vcmamba_nano": _cfg(
-            32, num_classes=10, pool_size=(2, 2), interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
-        ),
-        "vcmamba_s": _cfg(),
-        "vcmamba_m": _cfg(),
-        "vcmamba_b": _cfg(),
+        "vcmamba_nano": nano_cfg(**_OWN),
+        "vcmamba_s": cfg(**_OWN),
+        "vcmamba_m": cfg(**_OWN),
+        "vcmamba_b": cfg(**_OWN),
     }
 )
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> VCMamba:
-    return build_model_with_cfg(
-        VCMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **kwargs,
-    )
+    net: VCMamba = create(VCMamba, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return net
 
 
 @register_model
