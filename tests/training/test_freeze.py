@@ -31,6 +31,16 @@ def test_frozen_everything_still_trains_the_head():
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["fc.weight", "fc.bias"]
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("deit_tiny_distilled_patch16_224", {}), ("groupmamba_nano", {"distilled": True})]
+)
+def test_both_heads_of_a_distilled_net_learn(name, options):
+    model = create_model(name, num_classes=3, **options)
+    freeze(model, 1.0)
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert learning == ["head.weight", "head.bias", "head_dist.weight", "head_dist.bias"]
+
+
 def test_the_function_is_that_of_evaluation():
     model = create_model("small_resnet_nano", num_classes=3).eval()
     images = torch.randn(2, 3, 16, 16)

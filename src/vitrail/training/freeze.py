@@ -28,7 +28,9 @@ def freeze(model: nn.Module, share: float) -> None:
         raise InputError(f"train.freeze = {share:g}: {type(model).__name__} does not group its layers; set it to 0")
     layers: dict[str, int] = group_parameters(model, surface.group_matcher(coarse=False), reverse=True)
     first = sorted(set(layers.values()))[: round(share * len(set(layers.values())))]
-    head = {id(parameter) for parameter in surface.get_classifier().parameters()}
+    found = surface.get_classifier()
+    heads = found if isinstance(found, tuple) else (found,)  # timm's distilled nets have two
+    head = {id(parameter) for part in heads for parameter in part.parameters()}
     for name, parameter in model.named_parameters():
         if layers.get(name) in first and id(parameter) not in head:
             parameter.requires_grad_(False)
