@@ -78,6 +78,14 @@ def test_a_recipe_names_a_part_of_a_system():
         locate("supervised:Supervisd", "method")
 
 
+def test_a_part_may_be_of_another_stage_than_its_system():
+    assert locate("groupmamba:TwoHeadDistillation", "method").__name__ == "TwoHeadDistillation"
+    assert locate("mambaeye:MambaEyeTraining", "method").__name__ == "MambaEyeTraining"
+    for name in ("groupmamba", "groupmamba:groupmamba_nano"):
+        with pytest.raises(InputError, match="'groupmamba' is a system of stage 'model', and a method is needed"):
+            locate(name, "method")
+
+
 def test_planned_systems_say_so():
     slug = next(card.slug for card in cards().values() if card.status == "planned")
     with pytest.raises(InputError, match=r"planned|is a system of stage"):

@@ -201,7 +201,7 @@ def locate(name: str, stage: str) -> Any:
     Args:
         name: a slug (the first thing that its card provides), ``slug:Name`` (another thing that it provides), or an
             import path ``package.module:Name``.
-        stage: that the system has to be of.
+        stage: that the system has to be of, or the folder of the part.
 
     Raises:
         InputError: no such system, or it belongs to another stage, or the path does not import.
@@ -210,13 +210,15 @@ def locate(name: str, stage: str) -> Any:
     slug, _, part = name.partition(":")
     if not part or slug in cards():
         card = find(slug)
-        if card.stage != stage or not card.provides:
+        provided = {path.rpartition(":")[2]: path for path in card.provides}
+        if part and card.provides and part not in provided:
+            raise unknown(f"part of {slug}", part, provided)
+        path = provided.get(part, card.provides[0]) if card.provides else ""
+        # A model's system may have a method beside it: what a part is, its folder says, ``models`` or ``methods``.
+        beside = part and path.split(".")[1:2] == [f"{stage}s"]
+        if not path or (card.stage != stage and not beside):
             planned = "; it is planned and not built yet" if card.status == "planned" else ""
             raise InputError(f"{slug!r} is a system of stage {card.stage!r}, and a {stage} is needed here{planned}")
-        provided = {path.rpartition(":")[2]: path for path in card.provides}
-        if part and part not in provided:
-            raise unknown(f"part of {slug}", part, provided)
-        path = provided[part] if part else card.provides[0]
     module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
