@@ -83,10 +83,15 @@ class ScanPath(nn.Module):
             z: gate, (B, D, L), or None for none.
             memory: of the places before; None is the beginning.
         """
-        width = self.conv1d.kernel_size[0]
-        before = x.new_zeros(*x.shape[:2], width - 1) if memory is None else memory.places.to(x.dtype)
-        seen = torch.cat((before, x), 2)
-        x = F.silu(F.conv1d(seen, self.conv1d.weight, self.conv1d.bias, groups=self.conv1d.groups))
+        before = self.conv1d.kernel_size[0] - 1
+        if memory is None:
+            places = x.new_zeros(x.shape[0], before, x.shape[1]).transpose(1, 2)
+        else:
+            places = memory.places.to(x.dtype)
+        # As a plane of one row: torch convolves planes, but no sequences, also where channels lie side by side.
+        seen = torch.cat((places.unsqueeze(2), x.unsqueeze(2)), 3)
+        kernel = self.conv1d.weight.unsqueeze(2)
+        x = F.silu(F.conv2d(seen, kernel, self.conv1d.bias, groups=self.conv1d.groups)).squeeze(2)
         delta, enter, leave = self.x_proj(x.transpose(1, 2)).split((self.rank, self.states, self.states), -1)
         y, state = self.scan(
             x,
@@ -100,7 +105,7 @@ class ScanPath(nn.Module):
             softplus=True,
             state=None if memory is None else memory.state,
         )
-        return y, Memory(seen[..., seen.shape[2] - (width - 1) :], state)
+        return y, Memory(seen[:, :, 0, seen.shape[3] - before :], state)
 
 
 def rates(logs: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ class Mamba(ScanPath):
             x: (B, L, C).
             memory: what the call before returned; None is the beginning.
         """
-        inside, gate = self.in_proj(x).transpose(1, 2).chunk(2, 1)
+        inside, gate = (part.transpose(1, 2) for part in self.in_proj(x).chunk(2, 2))
         y, memory = self.along(inside, gate, memory)
         return self.out_proj(y.transpose(1, 2)), memory
 
@@ -157,7 +162,7 @@ class BidirectionalMamba(Mamba):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, L, C)."""
-        inside, gate = self.in_proj(x).transpose(1, 2).chunk(2, 1)
+        inside, gate = (part.transpose(1, 2) for part in self.in_proj(x).chunk(2, 2))
         there, _ = self.along(inside, gate)
         back, _ = self.back.along(inside.flip(2), gate.flip(2))
         return self.out_proj(((there + back.flip(2)) / 2).transpose(1, 2))
