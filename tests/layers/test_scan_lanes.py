@@ -110,11 +110,11 @@ def test_columns_become_rows_and_back(width, count, order):
         "channels": ((45, 20), lambda x: x.T),
         "neither": ((20, 45, 2), lambda x: x[..., 1]),
     }[order]
-    x, moved = cut(values(*shape)), cut(np.zeros(shape, np.float32))
+    x, moved = cut(values(*shape)), cut(np.full(shape, 5, np.float32))
     sums = np.ones(45, np.float32)
     through_tiles(x, 3, width, 5, count, moved, sums)
     part = (slice(3, 3 + width), slice(5, 5 + count))
-    expected = np.zeros_like(x)
+    expected = np.full_like(x, 5)  # what is not to be written stays
     expected[part] = 3 * x[part]
     assert np.allclose(moved, expected, rtol=1e-6)
     total = np.ones(45, np.float32)
