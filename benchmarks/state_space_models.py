@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,8 +35,9 @@ PEERS = {
 def build(name: str, side: int = 224, *, loop: bool = False) -> nn.Module:
     torch.manual_seed(0)
     model = create_model(name, num_classes=1000, img_size=side)
+    module: Any
     for module in model.modules():
-        if loop and hasattr(module, "scan"):
+        if loop and getattr(module, "scan", None) is selective_scan:
             module.scan = partial(selective_scan, form="reference")
     return model
 
