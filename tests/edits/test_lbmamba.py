@@ -137,6 +137,28 @@ def test_a_whole_net_keeps_its_types_modes_and_copies():
     assert torch.equal(pickle.loads(pickle.dumps(planes))(x), planes(x))
 
 
+@pytest.mark.parametrize("name", ["vim", "mambavision", "groupmamba", "vcmamba", "mamba_nd", "medmamba"])
+def test_it_reaches_every_selective_scan_of_our_nets(name):
+    torch.manual_seed(0)
+    plain = create_model(f"{name}_nano", num_classes=3).eval()
+    edited = lbmamba(window=4)(copy.deepcopy(plain))
+    calls = []
+    for module in edited.modules():
+        if isinstance(getattr(module, "scan", None), partial):
+            assert module.scan.func is local_scan
+            module.scan = partial(
+                lambda scan, *given, **named: calls.append(scan) or scan(*given, **named), module.scan
+            )
+    images = torch.randn(2, 3, 32, 32)
+    with pytest.MonkeyPatch.context() as patch:
+        # A scan that the edit left as it was would be called by this name.
+        for path in ("layers.mamba", "models.mambavision", "models.groupmamba", "models.vcmamba", "models.mamba_nd"):
+            patch.setattr(f"vitrail.{path}.selective_scan", None, raising=False)
+        changed = edited(images)
+    assert calls
+    assert not torch.equal(changed, plain(images))
+
+
 def test_the_order_of_weights_frozen_or_not_is_kept():
     mixer = SS2D(6, states=2)
     mixer.Ds.requires_grad_(False)

@@ -26,7 +26,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
-from vitrail.layers.mamba import initial_rates, rates
+from vitrail.layers.mamba import Scan, initial_rates, rates
 from vitrail.layers.scan import selective_scan
 from vitrail.layers.scan.orders import Order, cross_merge, cross_scan, snake
 from vitrail.layers.two_heads import TwoHeaded, fitting_heads
@@ -67,6 +67,9 @@ class SnakeMixer(nn.Module):
         dim: C.
     """
 
+    scan: Scan = staticmethod(selective_scan)
+    """Another with its arguments may be set in its place."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         inside, self.rank = 2 * dim, math.ceil(dim / 16)
@@ -91,7 +94,7 @@ class SnakeMixer(nn.Module):
         orders = ways(plane)
         count = len(orders)
         # Step sizes, B and C are not put into the order of the direction: the weights were trained so.
-        y, _ = selective_scan(
+        y, _ = self.scan(
             cross_scan(x, orders).transpose(2, 3).flatten(1, 2),
             delta.repeat(1, count, 1),
             rates(self.A_log).repeat(count, 1),
