@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import moved, normal
 from timm.optim import param_groups_weight_decay
 
 from vitrail.app.build import count_parameters
@@ -27,20 +28,6 @@ TINY = {"stem_dim": 4, "dims": (16, 16, 20, 32), "depths": (1, 1, 2, 1), "mlp_ra
 def tiny(**options):
     torch.manual_seed(0)
     return GroupMamba(num_classes=3, **{**TINY, **options})
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def moved(module):
-    """Return it in double precision, with all that starts at zero or one moved."""
-    generator = torch.Generator().manual_seed(3)
-    module = module.double()
-    with torch.no_grad():
-        for value in [*module.parameters(), *(v for k, v in module.named_buffers() if "running_mean" in k)]:
-            value += 0.3 * torch.randn(value.shape, dtype=torch.float64, generator=generator)
-    return module
 
 
 def same(ours, theirs, given):

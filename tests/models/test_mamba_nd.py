@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import moved, normal
 from timm.optim import param_groups_weight_decay
 
 from vitrail.app.build import count_parameters
@@ -41,20 +42,6 @@ CLIP = {"img_size": (3, 4, 6), "patch_size": (1, 2, 2), "dim": 4, "depths": (6,)
 def tiny(**options):
     torch.manual_seed(0)
     return MambaND(**{"num_classes": 3, **TINY, **options})
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def moved(module):
-    """Return it in double precision, with all that starts at zero or one moved."""
-    generator = torch.Generator().manual_seed(3)
-    module = module.double()
-    with torch.no_grad():
-        for value in module.parameters():
-            value += 0.3 * torch.randn(value.shape, dtype=torch.float64, generator=generator)
-    return module
 
 
 # ---- slow loops, from the paper and the published code

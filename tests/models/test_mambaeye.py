@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from exact import normal
 from timm.optim import param_groups_weight_decay
 
 from vitrail.app.build import count_parameters
@@ -39,10 +40,6 @@ def exact(**options):
         for value in model.parameters():
             value += 0.3 * torch.randn(value.shape, dtype=torch.float64, generator=generator)
     return model
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def drawn(height, width, patch, *shape, seed=0):

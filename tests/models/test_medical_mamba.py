@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import normal
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
@@ -34,10 +35,6 @@ from vitrail.models.medical_mamba import (
     checkpoint_filter_fn,
     u_mamba,
 )
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def moved(make):

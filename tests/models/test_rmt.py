@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from exact import normal
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.errors import InputError
@@ -29,10 +30,6 @@ TINY |= {"decomposed": (True, False), "first_decays": (2, 2), "decay_spans": (4,
 def tiny(**options):
     torch.manual_seed(0)
     return RMT(num_classes=3, **{**TINY, "stem_stride": 2, **options})
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 # ---- slow loops, from the paper and the published code

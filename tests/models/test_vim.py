@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import normal
 from torch import nn
 
 from vitrail.app.build import count_parameters
@@ -19,10 +20,6 @@ def tiny(**options):
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def norm(layer, x):

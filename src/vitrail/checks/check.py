@@ -8,7 +8,9 @@ the data, the seeds and the way to train, so that one file runs in a minute or i
 
 from __future__ import annotations
 
+import copy
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,9 +18,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from scipy import stats
 from torch import nn
 
+from vitrail.app.build import count_flops, count_parameters
 from vitrail.app.learn import Learned, learn
 from vitrail.data.audit import audit
 from vitrail.data.batches import Batches, batches_of
@@ -254,3 +258,28 @@ class Context:
         """Return the stream of up to ``most`` training images as seen in evaluation, for calibration."""
         rows = np.random.default_rng(0).permutation(index.rows("train"))[:most]
         return batches_of(index, rows, preprocess)
+
+
+# ---- rows of tables that several checks have
+
+
+def arm_cost(name: str, arm: Arm) -> dict[str, Any]:
+    """Return an arm's parameters and multiply-adds, and milliseconds for an image of a batch of 32."""
+    times, images = [], torch.zeros(32, 3, *arm.preprocess.size)
+    with torch.inference_mode():
+        for _ in range(4):
+            start = time.perf_counter()
+            arm.model(images)
+            times.append(time.perf_counter() - start)
+    return {
+        "arm": name,
+        "parameters": count_parameters(arm.model),
+        # Fused attention is not counted on every device; on the meta device it is taken apart.
+        "madds": count_flops(copy.deepcopy(arm.model).to("meta"), arm.preprocess.size),
+        "ms_per_image": 1e3 * min(times[1:]) / len(images),
+    }
+
+
+def beyond_rounding(found: float, published: float, digit: float) -> float:
+    """Return how far a figure is from one that was rounded to multiples of ``digit``, as a share of it."""
+    return max(0.0, abs(found - published) - digit / 2) / published

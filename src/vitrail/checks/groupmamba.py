@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vitrail.app.build import count_flops, count_parameters
-from vitrail.checks.check import Arm, Context, Verdict, bounded, paired
+from vitrail.checks.check import Arm, Context, Verdict, beyond_rounding, bounded, paired
 from vitrail.models import create_model
 
 NARROWER = (2.63, 2.63, 2.63, 2.63)
@@ -121,5 +121,5 @@ def published_size(name: str) -> dict[str, Any]:
         "params_m": found,
         "with_two_classifiers_m": found + count_parameters(net.get_submodule("head")) / 1e6,
         "published_params_m": published,
-        "off": max(0.0, abs(found - published) - 0.5) / published,
+        "off": beyond_rounding(found, published, 1.0),
     }

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrail.app.build import count_flops, count_parameters
-from vitrail.checks.check import Arm, Context, Verdict, bounded, paired
+from vitrail.checks.check import Arm, Context, Verdict, arm_cost, bounded, paired
 from vitrail.layers.scan import selective_scan
 from vitrail.layers.scan.local import local_scan
-from vitrail.models import create_model
 
 WIDTH, WIDER = 96, 103
 """Of Vim, and of LBVim with its multiply-adds."""
@@ -92,7 +90,7 @@ def run(ctx: Context) -> Verdict:
             "a GPU is not measured: accuracy at equal throughput on ImageNet is not shown.",
         ],
         tables={
-            "cost of the arms": [_cost(name, trained[0]) for name, trained in arms.items()],
+            "cost of the arms": [arm_cost(name, trained[0]) for name, trained in arms.items()],
             "milliseconds of a scan": [
                 {"scan": name, **{f"seed {seed}": value for seed, value in zip(ctx.seeds, values)}}
                 for name, values in by_scan.items()
@@ -139,21 +137,3 @@ def _inputs(batch: int, channels: int, length: int, size: int, seed: int) -> lis
     A = -torch.arange(1.0, size + 1).expand(channels, size).clone()
     B, C = (torch.randn(batch, 1, size, length, generator=generator) for _ in range(2))
     return [value.requires_grad_() for value in (u, 0.1 * delta.abs(), A, B, C)]
-
-
-def _cost(name: str, arm: Arm) -> dict[str, Any]:
-    times, images = [], torch.zeros(32, 3, *arm.preprocess.size)
-    with torch.inference_mode():
-        for _ in range(4):
-            start = time.perf_counter()
-            arm.model(images)
-            times.append(time.perf_counter() - start)
-    net, options = ARMS[name]
-    with torch.device("meta"):
-        counted = create_model(net, num_classes=10, **options)
-    return {
-        "arm": name,
-        "parameters": count_parameters(arm.model),
-        "madds": count_flops(counted, arm.preprocess.size),
-        "ms_per_image": 1e3 * min(times[1:]) / len(images),
-    }

@@ -7,7 +7,6 @@ after it, stays as it is. A second pair of nets has nothing but the scan to mix 
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import time
@@ -18,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrail.app.build import count_flops, count_parameters
-from vitrail.checks.check import Arm, Context, Finding, Verdict, bounded, paired
+from vitrail.app.build import count_parameters
+from vitrail.checks.check import Arm, Context, Finding, Verdict, arm_cost, beyond_rounding, bounded, paired
 from vitrail.edits.surgery import Edit, replace_modules
 from vitrail.errors import InputError
 from vitrail.layers.mamba import ScanPaths
@@ -122,7 +121,7 @@ def run(ctx: Context) -> Verdict:
         ],
         tables={
             "forms of the scan": forms,
-            "cost of the arms": [_cost(name, trained[0]) for name, trained in arms.items()],
+            "cost of the arms": [arm_cost(name, trained[0]) for name, trained in arms.items()],
             "published sizes": sizes,
         },
     )
@@ -255,23 +254,7 @@ def published_sizes(names: list[str]) -> list[dict[str, Any]]:
                 "net": name,
                 "params_m": params,
                 "published_params_m": published,
-                "params_off": max(0.0, abs(params - published) - 0.5) / published,
+                "params_off": beyond_rounding(params, published, 1.0),
             }
         )
     return rows
-
-
-def _cost(name: str, arm: Arm) -> dict[str, Any]:
-    times, images = [], torch.zeros(32, 3, *arm.preprocess.size)
-    with torch.inference_mode():
-        for _ in range(4):
-            start = time.perf_counter()
-            arm.model(images)
-            times.append(time.perf_counter() - start)
-    return {
-        "arm": name,
-        "parameters": count_parameters(arm.model),
-        # Fused attention is not counted on every device; on the meta device it is taken apart.
-        "madds": count_flops(copy.deepcopy(arm.model).to("meta"), arm.preprocess.size),
-        "ms_per_image": 1e3 * min(times[1:]) / len(images),
-    }

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import random
-import time
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.app.build import count_flops, count_parameters
-from vitrail.checks.check import Arm, Context, Verdict, bounded, paired
+from vitrail.app.build import count_parameters
+from vitrail.checks.check import Arm, Context, Verdict, arm_cost, beyond_rounding, bounded, paired
 from vitrail.models import create_model
 
 DEPTHS = (1, 1, 4, 2)
@@ -101,7 +99,7 @@ def run(ctx: Context) -> Verdict:
             "shown.",
         ],
         tables={
-            "cost of the arms": [_cost(name, trained[0]) for name, trained in arms.items()],
+            "cost of the arms": [arm_cost(name, trained[0]) for name, trained in arms.items()],
             "published sizes": sizes,
         },
     )
@@ -130,32 +128,11 @@ def published_sizes(names: list[str]) -> list[dict[str, Any]]:
                 "net": name,
                 "params_m": count_parameters(model) / 1e6,
                 "published_params_m": params,
-                "params_off": _beyond(count_parameters(model) / 1e6, params),
+                "params_off": beyond_rounding(count_parameters(model) / 1e6, params, 0.1),
                 "madds_g": madds,
                 "madds_without_products_g": madds - products,
                 "published_madds_g": flops,
-                "madds_off": _beyond(madds - products, flops),
+                "madds_off": beyond_rounding(madds - products, flops, 0.1),
             }
         )
     return rows
-
-
-def _beyond(found: float, published: float) -> float:
-    """Return how far a figure is from one that is rounded to one decimal, as a share of it."""
-    return max(0.0, abs(found - published) - 0.05) / published
-
-
-def _cost(name: str, arm: Arm) -> dict[str, Any]:
-    times, images = [], torch.zeros(32, 3, *arm.preprocess.size)
-    with torch.inference_mode():
-        for _ in range(4):
-            start = time.perf_counter()
-            arm.model(images)
-            times.append(time.perf_counter() - start)
-    return {
-        "arm": name,
-        "parameters": count_parameters(arm.model),
-        # Fused attention is not counted on every device; on the meta device it is taken apart.
-        "madds": count_flops(copy.deepcopy(arm.model).to("meta"), arm.preprocess.size),
-        "ms_per_image": 1e3 * min(times[1:]) / len(images),
-    }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 
 from vitrail.app.build import count_flops, count_parameters
-from vitrail.checks.check import Arm, Context, Verdict, bounded, paired
+from vitrail.checks.check import Context, Verdict, arm_cost, beyond_rounding, bounded, paired
 from vitrail.models import create_model
 
 NET: dict[str, Any] = {"stem_stride": 1, "img_size": 28}
@@ -71,7 +70,7 @@ def run(ctx: Context) -> Verdict:
             "segmentation are not shown.",
         ],
         tables={
-            "cost of the arms": [_cost(name, trained[0]) for name, trained in arms.items()],
+            "cost of the arms": [arm_cost(name, trained[0]) for name, trained in arms.items()],
             "published sizes": sizes,
         },
     )
@@ -87,28 +86,8 @@ def published_size(name: str) -> dict[str, Any]:
         "net": name,
         "params_m": params,
         "published_params_m": published_params,
-        "params_off": _beyond(params, published_params),
+        "params_off": beyond_rounding(params, published_params, 0.1),
         "madds_g": madds,
         "published_madds_g": published_madds,
-        "madds_off": _beyond(madds, published_madds),
-    }
-
-
-def _beyond(found: float, published: float) -> float:
-    """Return how far a figure is from one that is rounded to one decimal, as a share of it."""
-    return max(0.0, abs(found - published) - 0.05) / published
-
-
-def _cost(name: str, arm: Arm) -> dict[str, Any]:
-    times, images = [], torch.zeros(32, 3, *arm.preprocess.size)
-    with torch.inference_mode():
-        for _ in range(4):
-            start = time.perf_counter()
-            arm.model(images)
-            times.append(time.perf_counter() - start)
-    return {
-        "arm": name,
-        "parameters": count_parameters(arm.model),
-        "madds": count_flops(arm.model, arm.preprocess.size),
-        "ms_per_image": 1e3 * min(times[1:]) / len(images),
+        "madds_off": beyond_rounding(madds, published_madds, 0.1),
     }
