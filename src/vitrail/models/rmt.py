@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
-from vitrail.models.staged import StagedNet, cfg, create, nano_cfg, through_blocks
+from vitrail.models.planes import Block, DepthwiseConv, SizeTables, Stage, rotate
+from vitrail.models.staged import StagedNet, cfg, create, nano_cfg
 
 # ---- the mathematics -------------------------------------------------------------------------------------------------
 
@@ -59,12 +61,6 @@ def rotation(height: int, width: int, head_dim: int, device: torch.device | None
     place = torch.arange(height * width, dtype=torch.float32, device=device).reshape(height, width, 1, 1)
     angle = (place * frequency).repeat_interleave(2, dim=-1)
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels of ``x`` (..., H, W, n, d) by its place's angles; keeps the type."""
-    turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-    return (x * cos + turned * sin).to(x.dtype)
 
 
 def manhattan_attention(query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None) -> Tensor:
@@ -123,11 +119,8 @@ class Tables(NamedTuple):
     """Of the plane, or of rows and columns."""
 
 
-class SpatialPrior(nn.Module):
-    """Tables of one stage. They are kept for the last size seen, so that a run at one size computes them once.
-
-    There are no buffers: casting a model to bfloat16 would otherwise round angles of many radians.
-    """
+class SpatialPrior(SizeTables):
+    """The tables of one stage."""
 
     def __init__(
         self, num_heads: int, head_dim: int, *, first: float, span: float, decay: bool, decomposed: bool
@@ -136,17 +129,6 @@ class SpatialPrior(nn.Module):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.first, self.span = first, span
         self.decay, self.decomposed = decay, decomposed
-        self._kept: tuple[tuple[int, int, torch.device], Tables] | None = None
-
-    def forward(self, height: int, width: int, device: torch.device) -> Tables:
-        """Return the tables for H x W places."""
-        key = (height, width, device)
-        if torch.compiler.is_compiling():  # a traced tensor must not outlive its trace
-            return self._compute(*key)
-        if self._kept is None or self._kept[0] != key:
-            with torch.inference_mode(False), torch.no_grad():  # so that training can go on from them
-                self._kept = (key, self._compute(*key))
-        return self._kept[1]
 
     def _compute(self, height: int, width: int, device: torch.device) -> Tables:
         log_gamma = head_decays(self.num_heads, self.first, self.span, device)
@@ -158,17 +140,6 @@ class SpatialPrior(nn.Module):
         else:
             decays = (manhattan_decay(height, width, log_gamma),)
         return Tables(*rotation(height, width, self.head_dim, device), decays)
-
-
-class DepthwiseConv(nn.Conv2d):
-    """Depth-wise convolution of (B, H, W, C)."""
-
-    def __init__(self, dim: int, kernel_size: int) -> None:
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, H, W, C)."""
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class ManhattanSelfAttention(nn.Module):
@@ -193,68 +164,6 @@ class ManhattanSelfAttention(nn.Module):
         attention = decomposed_attention if self.decomposed else manhattan_attention
         mixed = attention(query, key, heads, *tables.decays)
         return self.out_proj(mixed.flatten(-2) + self.lepe(value))
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with a residual 3x3 depth-wise convolution between them."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = DepthwiseConv(hidden, 3)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, H, W, C)."""
-        x = F.gelu(self.fc1(x))
-        return self.fc2(x + self.dwconv(x))
-
-
-class Block(nn.Module):
-    """Convolutional position encoding, attention, feed-forward, each added to what came in."""
-
-    def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, *, decomposed: bool, drop_path: float, layer_scale: float
-    ) -> None:
-        super().__init__()
-
-        def scale() -> nn.Module:
-            return LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
-
-        self.pos = DepthwiseConv(dim, 3)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = ManhattanSelfAttention(dim, num_heads, decomposed=decomposed)
-        self.ls1 = scale()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = FeedForward(dim, int(dim * mlp_ratio))
-        self.ls2 = scale()
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor, tables: Tables) -> Tensor:
-        """Return (B, H, W, C)."""
-        x = x + self.pos(x)
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), tables)))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
-
-
-class Stage(nn.Module):
-    """A downsampling (none in the first stage), then blocks that share their tables."""
-
-    def __init__(self, dim_in: int | None, dim: int, prior: SpatialPrior, blocks: Sequence[Block]) -> None:
-        super().__init__()
-        self.downsample: nn.Module = nn.Identity()
-        if dim_in is not None:
-            self.downsample = nn.Sequential(nn.Conv2d(dim_in, dim, 3, 2, 1), nn.BatchNorm2d(dim))
-        self.prior = prior
-        self.blocks = nn.ModuleList(blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, C, H, W)."""
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        tables = self.prior(x.shape[1], x.shape[2], x.device)
-        x = through_blocks(self, x, tables)
-        return x.permute(0, 3, 1, 2)
 
 
 # ---- the net ---------------------------------------------------------------------------------------------------------
@@ -350,9 +259,8 @@ class RMT(StagedNet):
             blocks = [
                 Block(
                     dim,
-                    heads,
+                    partial(ManhattanSelfAttention, dim, heads, decomposed=whole),
                     mlp_ratios[i],
-                    decomposed=whole,
                     drop_path=next(rates),
                     layer_scale=layer_scale[i],
                 )
