@@ -12,8 +12,9 @@ import json
 
 from interleave import median_seconds, run_arms
 
+from vitrail.layers.processor import preferred_precision
 from vitrail.models.factory import create_model
-from vitrail.training.cpu import preferred_precision, tune_for_cpu
+from vitrail.training.cpu import tune_for_cpu
 
 ARMS = ("plain bf16", "tuned bf16", "tuned, preferred precision")
 

@@ -8,8 +8,9 @@ from torch import nn
 
 import vitrail.training.cpu as cpu
 from vitrail.errors import InputError
+from vitrail.layers.processor import keep_memory, preferred_precision
 from vitrail.models.factory import create_model
-from vitrail.training.cpu import apply_switches, keep_memory, preferred_precision, tune_for_cpu
+from vitrail.training.cpu import apply_switches, tune_for_cpu
 
 SHAPE = (3, 32, 32)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vitrail.training.cpu import preferred_precision
+from vitrail.layers.processor import preferred_precision
 
 PRETRAINED = "tf_efficientnet_lite0"
 HEAD_START_SHARE = 0.7

@@ -17,10 +17,11 @@ from vitrail.app.build import build_method, model_options, preprocess_of
 from vitrail.data.index import Index
 from vitrail.data.preprocess import Preprocess
 from vitrail.edits.surgery import apply_edits
+from vitrail.layers.processor import keep_memory
 from vitrail.models import create_model
 from vitrail.models.pretrained import Weights, load_pretrained
 from vitrail.runs import RunFolder, atomic_path, read_json, write_json
-from vitrail.training.cpu import Switches, apply_switches, keep_memory
+from vitrail.training.cpu import Switches, apply_switches
 from vitrail.training.device import resolved
 from vitrail.training.features import warm_start_head
 from vitrail.training.freeze import freeze, thaw

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import combinations
 from typing import Any, Literal
 
@@ -30,34 +27,13 @@ from vitrail.errors import InputError
 from vitrail.layers.attention import attention
 from vitrail.layers.clamp import clamp
 from vitrail.layers.depthwise import DIRECT_COLUMNS, DepthwiseForm, depthwise_conv2d
+from vitrail.layers.processor import keep_memory
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Switches = dict[str, dict[str, str]]
 """Module name -> operator -> form."""
 _GAIN = 1.05  # smaller gains are not told from noise by a few repetitions
-
-# mallopt's parameters, from glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-
-
-def keep_memory() -> bool:
-    """Make the C allocator keep freed memory in this process, so that large temporaries cost no page faults.
-
-    By default glibc maps each large block anew and gives it back when it is freed; the kernel then zeroes the same
-    pages at every step, which takes up to a third of it. The process keeps its peak memory instead.
-
-    Returns:
-        Whether the allocator took it; other allocators than glibc's are left as they are.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
-        return False
-    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 * 2**20}
-    taken = [library.mallopt(name, value) == 1 for name, value in settings.items()]
-    return all(taken)
 
 
 @dataclass(frozen=True)
@@ -205,27 +181,6 @@ def apply_switches(model: nn.Module, switches: Switches) -> list[RemovableHandle
         handles.append(module.register_forward_pre_hook(hooks.before, prepend=True))
         handles.append(module.register_forward_hook(hooks.after, always_call=True))
     return handles
-
-
-@cache
-def preferred_precision() -> Precision:
-    """Return ``"bf16"`` if this machine multiplies matrices in it 1.5 times as fast as in ``"fp32"``, else that.
-
-    Measured in some 20 ms: processors without matrix units for bfloat16 emulate it, and torch reports it as supported.
-    """
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
-
-    return "bf16" if seconds(torch.float32) > 1.5 * seconds(torch.bfloat16) else "fp32"
 
 
 def _autocast(precision: str) -> torch.autocast:
