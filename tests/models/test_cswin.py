@@ -93,7 +93,14 @@ def same(ours, theirs, given):
 
 @pytest.mark.parametrize(
     ("stripe", "height", "width"),
-    [((None, 1), 3, 2), ((None, 3), 1, 4), ((2, None), 3, 2), ((3, None), 1, 2), ((None, None), 2, 2), ((None, 3), 2, 1)],
+    [
+        ((None, 1), 3, 2),
+        ((None, 3), 1, 4),
+        ((2, None), 3, 2),
+        ((3, None), 1, 2),
+        ((None, None), 2, 2),
+        ((None, 3), 2, 1),
+    ],
 )
 def test_a_branch_is_the_slow_loop(stripe, height, width):
     torch.manual_seed(0)
