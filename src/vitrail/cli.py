@@ -191,6 +191,32 @@ def check(slug: str, data: str | None, full: bool, seeds: int | None, out: Path 
     click.echo(json.dumps(evidence) if as_json else "\n".join(lines(evidence)))
 
 
+@app.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--img-size", type=click.IntRange(min=1), help="Pixels of a side.  [default: each model's own]")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images of a pass.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the CPU.  [default: all that torch takes]")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Medians are of so many.")
+@click.option("--out", type=FILE, default="profile", show_default=True, help="Folder for the plots and the JSON.")
+@as_json
+def profile(
+    models: tuple[str, ...],
+    img_size: int | None,
+    batch: int,
+    threads: int | None,
+    rounds: int,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Measure how much of this machine models use, and where they wait for memory.
+
+    Several models are measured in turns and share a plot. Weights are random.
+    """
+    from vitrail.app.profile import profile_command
+
+    profile_command(models, img_size=img_size, batch=batch, threads=threads, rounds=rounds, out=out, as_json=as_json)
+
+
 @app.command("list")
 @click.option("--stage", help="Only this stage.")
 @click.option("--task", help="Only systems for this task.")

@@ -64,7 +64,7 @@ def check(
         verdict: Verdict = module.run(context)
         now = datetime.now(UTC)
         name = f"{slug}-{'full' if full else 'quick'}-{now:%Y%m%dT%H%M%SZ}"
-        pictures = sorted(Path(folder).glob("*.png"))
+        pictures = sorted(path for path in Path(folder).iterdir() if path.suffix in (".png", ".svg"))
         if out is not None and pictures:
             Path(out).mkdir(parents=True, exist_ok=True)
             for picture in pictures:

@@ -180,7 +180,7 @@ class Context:
     Attributes:
         quick: run through in seconds; the verdict is not judged.
         seeds: of the arms; one in quick mode, at least three in full.
-        folder: for files; may be gone afterwards, but PNG files at its top are kept beside the evidence.
+        folder: for files; may be gone afterwards, but PNG and SVG files at its top are kept beside the evidence.
         data: what the user gave with ``--data``, or None.
         tell: takes a line of text about progress.
     """

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from io import StringIO
+from pathlib import Path
 from typing import Any, ParamSpec
 
 import matplotlib
@@ -95,6 +96,15 @@ def _themed(svg: str, name: str) -> str:
     body = body.replace("xlink:href=", "href=")
     shape = view.group(1) if view else "0 0 1 1"
     return f'<svg class="plot" viewBox="{shape}" role="img" aria-label="{name}">{body.strip()}'
+
+
+def standalone(svg: str) -> str:
+    """Return a plot as an SVG file of its own, light or dark as what shows it prefers."""
+    page = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    colours = "".join(line for line in page.splitlines() if ":root{" in line)
+    style = f"{colours}svg{{background:var(--paper);font-family:system-ui,sans-serif}}text{{fill:var(--ink)}}"
+    head, _, body = svg.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{body}'
 
 
 def short(name: str, most: int = 20) -> str:
