@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vitrail.data.batches import Batches
 from vitrail.errors import InputError, unknown
-from vitrail.evaluate.suite import Result
+from vitrail.evaluate.suite import Result, evaluating
 from vitrail.report.plots import BLUE, INK, _figure, _percent, _svg, short
 
 TARGETS = ("random", "initial", "zero")
@@ -106,7 +106,7 @@ def run(
     if not layers:
         raise InputError(f"{type(model).__name__} has no layer that could be reset: give a model with weights")
     tallies = []
-    with _evaluating(model):
+    with evaluating(model):
         for seed in seeds if to == "random" else seeds[:1]:
             twin = None if fresh is None or to != "random" else _seeded(fresh, seed)
             tallies.append(_tally(model, layers, data, _source(to, seed, twin, initial)))
@@ -265,18 +265,6 @@ def _replaced(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for key, value in kept.items():
                 own[key].copy_(value)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _seeded(make: Callable[[], Any], seed: int) -> Any:
