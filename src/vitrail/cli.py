@@ -197,7 +197,7 @@ def check(slug: str, data: str | None, full: bool, seeds: int | None, out: Path 
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images of a pass.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the CPU.  [default: all that torch takes]")
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Medians are of so many.")
-@click.option("--out", type=FILE, default="profile", show_default=True, help="Folder for the plots and the JSON.")
+@click.option("--out", type=FILE, default="runs/profile", show_default=True, help="Folder for the plots and the JSON.")
 @as_json
 def profile(
     models: tuple[str, ...],

@@ -154,6 +154,13 @@ def test_fused_blocks_change_nothing(act, form):
     torch.testing.assert_close(fused(x), model(x), rtol=1e-9, atol=1e-9)
 
 
+def test_fused_blocks_use_their_form(monkeypatch):
+    taken = []
+    monkeypatch.setattr("vitrail.models.convfirst.fused_block", lambda x, *_, form, **more: taken.append(form) or x)
+    fuse_blocks(tiny(), "layers")(torch.zeros(1, 3, 32, 32))
+    assert taken == ["layers"] * 4
+
+
 def test_fusing_refuses_what_it_cannot():
     with pytest.raises(InputError, match=r"unknown form .*'quick'"):
         fuse_blocks(tiny(), "quick")

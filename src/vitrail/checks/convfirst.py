@@ -1,4 +1,4 @@
-"""ConvFirst: is a net of fused blocks faster than ConvNeXt, does it use more of the machine, and what does fusion do?"""
+"""ConvFirst: is a net of fused blocks faster than ConvNeXt, does it use more of the machine, what does fusion do?"""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ def run(ctx: Context) -> Verdict:
             "depths of ConvFirst are a reconstruction of the same size.",
             "A seed is a measurement of its own: the machine's product of matrices and its copy, and all nets, take "
             "turns, and times are medians. Bytes count as if nothing stayed in a cache.",
-            "The paper measures batches of 128 on a GPU, in its plots with a waterline near 160 operations per byte: what "
-            "its kernels gain there is not shown here.",
+            "The paper measures batches of 128 on a GPU, whose waterline is near 160 operations per byte in its plots: "
+            "what its kernels gain there is not shown here.",
         ],
         tables={
             "efficiency, last seed": [summary(profile) for profile in last],
