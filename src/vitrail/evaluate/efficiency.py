@@ -13,8 +13,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from vitrail.errors import InputError
+from vitrail.evaluate.suite import evaluating
 from vitrail.report.plots import _WIDTH, AMBER, BLUE, INK, LINE, TEAL, _svg, short
 
 SIDES = {"cpu": (512, 1024), "cuda": (4096, 8192)}
@@ -204,7 +205,6 @@ def summary(profile: Profile) -> dict[str, Any]:
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def profile_models(
     models: Mapping[str, nn.Module],
     size: tuple[int, int] | Mapping[str, tuple[int, int]],
@@ -255,7 +255,9 @@ def profile_models(
     passes: dict[str, list[float]] = defaultdict(list)
     traces: dict[str, list[list[Operator]]] = defaultdict(list)
     unknown: dict[str, set[str]] = {name: set() for name in models}
-    with _evaluating(models.values()):
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(model))
         for number in range(rounds + 1):  # the first warms up
             tell(f"round {number} of {rounds}")
             for times, (work, _) in zip(peaks, products):
@@ -321,19 +323,6 @@ def _copy(device: torch.device) -> tuple[Callable[[], object], int]:
     source = torch.ones(count // 4, device=device)
     target = torch.empty_like(source)
     return partial(target.copy_, source), 2 * count
-
-
-@contextmanager
-def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Put models into evaluation mode, and each of their modules back."""
-    before = [(module, module.training) for model in models for module in model.modules()]
-    for module, _ in before:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 @contextmanager
