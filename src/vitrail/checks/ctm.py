@@ -174,8 +174,8 @@ def run(ctx: Context) -> Verdict:
         notes=[
             f"Parity: {size.steps:,} steps of {size.batch} new sequences for each net, AdamW at 2e-3 with a cosine; "
             "the paper trains 200,000 steps of 64 on 64 signs, with a thousand neurons, which is not shown. Width, "
-            "learning rate and the temperature that neurons begin with were set by one short run of the machine alone, "
-            "on a seed of its own; number of steps by the minutes that a check may take.",
+            "learning rate and the temperature that neurons begin with were set by two short runs of the machine "
+            "alone, on a seed of their own; number of steps by the minutes that a check may take.",
             "The LSTM is the published baseline: one layer, the same tokens, attention, ticks and training but for the "
             "last tick in place of the most certain one.",
             "Images: easy and hard are the halves of the held-out images of which a residual net, trained as long, has "
