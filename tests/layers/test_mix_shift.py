@@ -1,6 +1,5 @@
 import pytest
 import torch
-from exact import moved, normal
 
 from vitrail.errors import InputError
 from vitrail.layers.mix_shift import MIX_SIZES, SHIFTS, MixShift
@@ -39,12 +38,12 @@ def slow_mix_shift(layer, x, mix_sizes, shifts):
 )
 def test_it_is_the_slow_loop(dim, mix_sizes, shifts, height, width):
     torch.manual_seed(0)
-    layer = moved(MixShift(dim, mix_sizes, shifts))
-    x = normal(2, height, width, dim).requires_grad_()
+    layer = MixShift(dim, mix_sizes, shifts).double()
+    x = torch.randn(2, height, width, dim, dtype=torch.float64, requires_grad=True)
     ours = layer(x)
     theirs = torch.stack([slow_mix_shift(layer, image, mix_sizes, shifts) for image in x])
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    weight, given = normal(*ours.shape, seed=9), [x, *layer.parameters()]
+    weight, given = torch.randn_like(ours), [x, *layer.parameters()]
     for got, wanted in zip(
         torch.autograd.grad((ours * weight).sum(), given),
         torch.autograd.grad((theirs * weight).sum(), given),
