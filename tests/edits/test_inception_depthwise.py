@@ -1,7 +1,6 @@
 import pytest
 import timm
 import torch
-from exact import moved, normal
 from timm.layers import Conv2dSame
 from timm.models.inception_next import InceptionDWConv2d
 from torch import nn
@@ -54,12 +53,15 @@ def slow_inception(module, x, square, band, share, stride, dilation):
     ],
 )
 def test_it_is_the_slow_loop(size, channels, ratio, square, band, stride, dilation, bias):
-    module = moved(InceptionDepthwise(channels, square, band, ratio, stride, dilation, bias))
-    x = normal(1, channels, *size).requires_grad_()
+    torch.manual_seed(0)
+    module = InceptionDepthwise(channels, square, band, ratio, stride, dilation, bias).double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(1, channels, *size, dtype=torch.float64, requires_grad=True)
     ours = module(x)
     theirs = slow_inception(module, x, square, band, int(channels * ratio), stride, dilation)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    given, weight = [x, *module.parameters()], normal(*ours.shape, seed=5)
+    given, weight = [x, *module.parameters()], torch.randn_like(ours)
     for got, wanted in zip(
         torch.autograd.grad((ours * weight).sum(), given),
         torch.autograd.grad((theirs * weight).sum(), given),
