@@ -71,8 +71,6 @@ def swin_mix_shift(*, mix_sizes: Sequence[Sequence[int]] = MIX_SIZES, shifts: Se
             for block in stage.modules()
             if isinstance(block, SwinTransformerBlock)
         }
-        for block, stage in stages.items():
-            MixShift(block.dim, mix_sizes[stage], shifts)  # a width that cannot be cut leaves the model as it was
 
         def build(block: nn.Module) -> nn.Module:
             return MixShiftSwinBlock(block, mix_sizes[stages[block]], shifts)  # type: ignore[index]
