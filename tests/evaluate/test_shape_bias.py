@@ -25,7 +25,7 @@ def test_a_silhouette_is_what_differs_from_the_border(fore, back):
 
 def test_the_threshold_is_otsus():
     torch.manual_seed(0)
-    image = torch.cat((torch.randn(60) * 0.1 - 1, torch.randn(61) * 0.3 + 0.7)).view(1, 1, 11, 11)
+    image = torch.cat((torch.randn(15) * 0.2 - 1, torch.randn(106) * 0.6 + 0.7)).view(1, 1, 11, 11)
     grey = image.flatten()
     low, high = grey.min(), grey.max()
     scores = []
