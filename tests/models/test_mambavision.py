@@ -20,8 +20,6 @@ from vitrail.models.mambavision import (
     MambaVisionMixer,
     Stage,
     checkpoint_filter_fn,
-    from_windows,
-    to_windows,
 )
 
 TINY = {"stem_dim": 4, "dim": 4, "depths": (1, 1, 3, 2), "num_heads": (2, 4), "window_sizes": (3, 2), "stem_stride": 2}
@@ -117,22 +115,6 @@ def test_the_scan_of_low_precision_has_exact_rates():
     mixer.scan = look
     mixer(torch.zeros(1, 4, 16, dtype=torch.bfloat16))
     torch.testing.assert_close(seen["A"], torch.full((8, 8), -math.exp(-3.015625)), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(("size", "rows", "columns"), [(1, 2, 3), (2, 1, 1), (3, 2, 1), (2, 2, 3)])
-def test_windows_are_cut_in_reading_order(size, rows, columns):
-    x = normal(2, 5, rows * size, columns * size)
-    windows = to_windows(x, size)
-    number = 0
-    for image in x:
-        for row in range(rows):
-            for column in range(columns):
-                part = image[:, row * size : (row + 1) * size, column * size : (column + 1) * size]
-                for place in range(size * size):
-                    assert torch.equal(windows[number, place], part[:, place // size, place % size])
-                number += 1
-    assert number == len(windows)
-    assert torch.equal(from_windows(windows, size, rows * size, columns * size), x)
 
 
 @pytest.mark.parametrize(("window", "height", "width"), [(3, 6, 3), (3, 4, 8), (4, 2, 3), (2, 1, 1)])

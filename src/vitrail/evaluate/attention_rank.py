@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vitrail.data.batches import Batches
 from vitrail.errors import InputError
 from vitrail.evaluate.suite import Result, evaluating
-from vitrail.report.plots import AMBER, BLUE, _figure, _percent, _svg, short
+from vitrail.report.plots import AMBER, BLUE, new_figure, percent, short, svg_plot
 
 
 def ranks(matrices: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
@@ -192,7 +192,7 @@ def _row(name: str, layer: nn.Module, tally: _Tally) -> dict[str, Any]:
 # ---- chart -----------------------------------------------------------------------------------------------------------
 
 
-@_svg
+@svg_plot
 def rank_plot(layers: Sequence[str], shares: Sequence[Sequence[float]]) -> tuple[str, Figure] | None:
     """Draw the effective ranks of a model's attention as shares of the full rank: bars per layer, input first.
 
@@ -202,7 +202,7 @@ def rank_plot(layers: Sequence[str], shares: Sequence[Sequence[float]]) -> tuple
     """
     if not layers:
         return None
-    figure, axes = _figure(0.8 + 0.2 * len(layers))
+    figure, axes = new_figure(0.8 + 0.2 * len(layers))
     axes.grid(axis="y", visible=False)
     places, thickness = np.arange(len(layers)), 0.7 / len(shares)
     for i, (values, colour, name) in enumerate(zip(shares, (BLUE, AMBER), ("output features", "KV buffer"))):
@@ -210,7 +210,7 @@ def rank_plot(layers: Sequence[str], shares: Sequence[Sequence[float]]) -> tuple
     axes.set_yticks(places, [short(name, 28) for name in layers])
     axes.set(xlim=(0, 1), ylim=(len(layers) - 0.4, -0.6))
     axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_formatter(_percent)
+    axes.xaxis.set_major_formatter(percent)
     axes.set_title("Effective rank, of the full rank")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.04 - 0.6 / (4 + len(layers))), ncols=2)
     return "Rank of attention", figure

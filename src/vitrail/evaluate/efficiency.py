@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from vitrail.errors import InputError
 from vitrail.evaluate.suite import evaluating
-from vitrail.report.plots import _WIDTH, AMBER, BLUE, INK, LINE, TEAL, _svg, short
+from vitrail.report.plots import AMBER, BLUE, INK, LINE, TEAL, WIDTH, short, svg_plot
 
 SIDES = {"cpu": (512, 1024), "cuda": (4096, 8192)}
 """Of the square matrices whose product shows the peak; the faster size counts."""
@@ -395,12 +395,12 @@ def _medians(model: str, traces: Sequence[Sequence[Operator]]) -> Iterator[Opera
 # ---- plots -----------------------------------------------------------------------------------------------------------
 
 
-@_svg
+@svg_plot
 def efficiency_gap_plot(profiles: Sequence[Profile]) -> tuple[str, Figure] | None:
     """Draw each model's ideal, attainable and actual latency of an image, and the share of the peak that it uses."""
     if not profiles:
         return None
-    figure = Figure(figsize=(_WIDTH, 1.0 + 0.36 * len(profiles)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.36 * len(profiles)), layout="constrained")
     axes = figure.subplots()
     axes.grid(axis="y", visible=False)
     for y, profile in enumerate(profiles):
@@ -428,7 +428,7 @@ def efficiency_gap_plot(profiles: Sequence[Profile]) -> tuple[str, Figure] | Non
     return "Efficiency gap", figure
 
 
-@_svg
+@svg_plot
 def waterline_plot(profile: Profile) -> tuple[str, Figure] | None:
     """Draw a model's operators in order: as wide as the bytes they move, as high as their operations per byte.
 
@@ -440,7 +440,7 @@ def waterline_plot(profile: Profile) -> tuple[str, Figure] | None:
     if not moved:
         return None
     balance = profile.machine.balance
-    figure = Figure(figsize=(_WIDTH, 2.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     axes = figure.subplots()
     edges = [0.0]
     for operator in moved:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vitrail.data.batches import Batches
 from vitrail.errors import InputError, unknown
 from vitrail.evaluate.suite import Result, evaluating
-from vitrail.report.plots import BLUE, INK, _figure, _percent, _svg, short
+from vitrail.report.plots import BLUE, INK, new_figure, percent, short, svg_plot
 
 TARGETS = ("random", "initial", "zero")
 MAX_NAMED = 80
@@ -300,7 +300,7 @@ def _right(logits: Tensor, targets: Tensor) -> Tensor:
 # ---- charts ----------------------------------------------------------------------------------------------------------
 
 
-@_svg
+@svg_plot
 def profile_plot(layers: Sequence[str], values: np.ndarray) -> tuple[str, Figure] | None:
     """Draw a model's profile: a bar per layer, input first (mean over seeds), and a dot per seed.
 
@@ -312,12 +312,12 @@ def profile_plot(layers: Sequence[str], values: np.ndarray) -> tuple[str, Figure
         return None
     mean, places = values.mean(axis=0), np.arange(len(layers))
     if len(layers) > MAX_NAMED:
-        figure, axes = _figure(2.3)
+        figure, axes = new_figure(2.3)
         axes.fill_between(places + 1, mean, step="mid", color=BLUE, alpha=0.7, linewidth=0)
         axes.set(xlabel="layers, from the input", xlim=(0.5, len(layers) + 0.5), ylim=(0, 1))
-        axes.yaxis.set_major_formatter(_percent)
+        axes.yaxis.set_major_formatter(percent)
     else:
-        figure, axes = _figure(0.6 + 0.17 * len(layers))
+        figure, axes = new_figure(0.6 + 0.17 * len(layers))
         axes.grid(axis="y", visible=False)
         axes.barh(places, mean, 0.66, color=BLUE, alpha=0.7)
         if len(values) > 1:
@@ -325,12 +325,12 @@ def profile_plot(layers: Sequence[str], values: np.ndarray) -> tuple[str, Figure
         axes.set_yticks(places, [short(name, 28) for name in layers])
         axes.set(xlim=(0, 1), ylim=(len(layers) - 0.4, -0.6))
         axes.tick_params(axis="y", length=0)
-        axes.xaxis.set_major_formatter(_percent)
+        axes.xaxis.set_major_formatter(percent)
     axes.set_title("Criticality of each layer")
     return "Layer criticality", figure
 
 
-@_svg
+@svg_plot
 def comparison_plot(layers: Sequence[str], names: Sequence[str], values: np.ndarray) -> tuple[str, Figure] | None:
     """Draw several profiles as a table of shades: a row per layer, input first, a column per checkpoint.
 
@@ -342,7 +342,7 @@ def comparison_plot(layers: Sequence[str], names: Sequence[str], values: np.ndar
     if not len(layers) or not len(names):
         return None
     named = len(layers) <= MAX_NAMED
-    figure, axes = _figure(0.8 + 0.17 * len(layers) if named else 4.0)
+    figure, axes = new_figure(0.8 + 0.17 * len(layers) if named else 4.0)
     axes.grid(False)
     height = 0.94 if named else 1.0
     boxes = [Rectangle((x + 0.03, y + 0.03), 0.94, height) for x in range(len(names)) for y in range(len(layers))]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vitrail.data.batches import Batches
 from vitrail.errors import InputError
 from vitrail.evaluate.suite import Result
-from vitrail.report.plots import BLUE, _figure, _svg
+from vitrail.report.plots import BLUE, new_figure, svg_plot
 
 CELLS = 32
 """Rows and columns of the picture."""
@@ -117,7 +117,7 @@ def run(
     return Result("Effective receptive field", table, {"Effective receptive field": field_plot(field)}, notes)
 
 
-@_svg
+@svg_plot
 def field_plot(field: np.ndarray) -> tuple[str, Figure] | None:
     """Draw what pixels contribute, as a map of shades: the logarithm of 1 + contribution, as a share of the largest.
 
@@ -129,7 +129,7 @@ def field_plot(field: np.ndarray) -> tuple[str, Figure] | None:
     cells = torch.from_numpy(np.log10(1 + field / field.max() * 1e3))[None, None]
     size = (min(CELLS, field.shape[0]), min(CELLS, field.shape[1]))
     shades = F.adaptive_avg_pool2d(cells, size)[0, 0].numpy()
-    figure, axes = _figure(0.6 + 3.4 * size[0] / size[1])
+    figure, axes = new_figure(0.6 + 3.4 * size[0] / size[1])
     axes.grid(False)
     boxes = [Rectangle((x, y), 1, 1) for y in range(size[0]) for x in range(size[1])]
     axes.add_collection(PatchCollection(boxes, facecolor=BLUE, alpha=shades.ravel() / shades.max(), linewidth=0))

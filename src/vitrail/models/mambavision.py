@@ -24,26 +24,11 @@ from torch import Tensor, nn
 from vitrail.errors import InputError
 from vitrail.layers.mamba import Scan, initial_rates, rates
 from vitrail.layers.scan import selective_scan
+from vitrail.layers.windows import from_windows, to_windows
 from vitrail.models.staged import StagedNet, cfg, create, nano_cfg, through_blocks
 
 STATES = 8
 """N of every published variant."""
-
-# ---- windows ---------------------------------------------------------------------------------------------------------
-
-
-def to_windows(x: Tensor, size: int) -> Tensor:
-    """Cut (B, C, H, W) into windows, (B h w, size^2, C), both in reading order; size divides H and W."""
-    batch, channels, height, width = x.shape
-    x = x.reshape(batch, channels, height // size, size, width // size, size)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, size * size, channels)
-
-
-def from_windows(windows: Tensor, size: int, height: int, width: int) -> Tensor:
-    """Put windows (B h w, size^2, C) together again, (B, C, H, W)."""
-    x = windows.reshape(-1, height // size, width // size, size, size, windows.shape[-1])
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, windows.shape[-1], height, width)
-
 
 # ---- the parts -------------------------------------------------------------------------------------------------------
 
@@ -171,9 +156,9 @@ class Stage(nn.Module):
         if self.window is None:
             return through_blocks(self, x)
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % self.window, 0, -height % self.window))
-        windows = through_blocks(self, to_windows(x, self.window))
-        return from_windows(windows, self.window, *x.shape[-2:])[:, :, :height, :width]
+        windows = to_windows(x.permute(0, 2, 3, 1), self.window)
+        places = through_blocks(self, windows.flatten(1, 2))
+        return from_windows(places.view(windows.shape), height, width).permute(0, 3, 1, 2)
 
 
 # ---- the net ---------------------------------------------------------------------------------------------------------

@@ -53,13 +53,13 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-_WIDTH = 4.6
+WIDTH = 4.6
 """Inches: text is then readable on a phone and not huge on a desk."""
 MAX_CELLS = 40
 """Classes up to which the confusion matrix names each; beyond, cells are merged into a heat map."""
 
 
-def _svg(draw: Callable[P, tuple[str, Figure] | None]) -> Callable[P, str]:
+def svg_plot(draw: Callable[P, tuple[str, Figure] | None]) -> Callable[P, str]:
     """Let a function that returns (name, figure) return SVG, or "" for None: there is nothing to draw."""
 
     @wraps(draw)
@@ -113,7 +113,7 @@ def short(name: str, most: int = 20) -> str:
     return name if len(name) <= most else f"{name[: most - most // 2 - 1]}…{name[-(most // 2) :]}"
 
 
-@_svg
+@svg_plot
 def curve(history: Sequence[Mapping[str, Any]], quantity: str) -> tuple[str, Figure] | None:
     """Draw a quantity (``loss``, ``top1``, ``map`` or ``lr``) of ``metrics.jsonl`` over epochs."""
     titles = {
@@ -122,7 +122,7 @@ def curve(history: Sequence[Mapping[str, Any]], quantity: str) -> tuple[str, Fig
         "map": "Mean average precision, held out",
         "lr": "Learning rate",
     }
-    figure, axes = _figure(2.3)
+    figure, axes = new_figure(2.3)
     drawn = 0
     for kind, colour, label in (("train", MUTED, "training"), ("val", BLUE, "validation")):
         points = [
@@ -137,7 +137,7 @@ def curve(history: Sequence[Mapping[str, Any]], quantity: str) -> tuple[str, Fig
     if not drawn:
         return None
     if quantity in ("top1", "map"):
-        axes.yaxis.set_major_formatter(_percent)
+        axes.yaxis.set_major_formatter(percent)
     if drawn > 1:
         axes.legend(loc="upper right")
     axes.set_title(titles[quantity])
@@ -148,12 +148,12 @@ def curve(history: Sequence[Mapping[str, Any]], quantity: str) -> tuple[str, Fig
     return titles[quantity], figure
 
 
-@_svg
+@svg_plot
 def reliability_plot(diagram: Mapping[str, Any], title: str) -> tuple[str, Figure] | None:
     """Draw a diagram of ``calibration.reliability``: accuracy per bin of confidence, and how many images each holds."""
     if not sum(diagram["count"]):
         return None
-    figure = Figure(figsize=(_WIDTH, 4.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     for low, high, count, confidence, accuracy in zip(
         diagram["edges"], diagram["edges"][1:], diagram["count"], diagram["confidence"], diagram["accuracy"]
@@ -168,13 +168,13 @@ def reliability_plot(diagram: Mapping[str, Any], title: str) -> tuple[str, Figur
     top.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=(0, (3, 3)))
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     top.set_title(title)
-    top.yaxis.set_major_formatter(_percent)
-    below.xaxis.set_major_formatter(_percent)
+    top.yaxis.set_major_formatter(percent)
+    below.xaxis.set_major_formatter(percent)
     below.set(xlabel="confidence", ylabel="count", yticks=[])
     return title, figure
 
 
-@_svg
+@svg_plot
 def confusion_plot(cells: Sequence[Sequence[int]], classes: Sequence[str]) -> tuple[str, Figure] | None:
     """Draw the confusion matrix from cells [true, predicted, count]: shares of each true class.
 
@@ -189,7 +189,7 @@ def confusion_plot(cells: Sequence[Sequence[int]], classes: Sequence[str]) -> tu
     counts = np.zeros((side, side), np.int64)
     np.add.at(counts, (table[:, 0] // merge, table[:, 1] // merge), table[:, 2])
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axes = _figure(_WIDTH)
+    figure, axes = new_figure(WIDTH)
     axes.grid(False)
     axes.set(xlim=(0, side), ylim=(side, 0), aspect="equal", xlabel="predicted", ylabel="true")
     if width > MAX_CELLS:
@@ -220,14 +220,14 @@ def confusion_plot(cells: Sequence[Sequence[int]], classes: Sequence[str]) -> tu
     return "Confusion matrix", figure
 
 
-@_svg
+@svg_plot
 def corruption_plot(corruption: Mapping[str, Any]) -> tuple[str, Figure] | None:
     """Draw the result of ``corruption_suite``: a bar per kind (mean over severities), a dot per severity."""
     kinds = corruption.get("per_kind") or {}
     if not kinds:
         return None
     names = list(reversed(kinds))
-    figure, axes = _figure(0.7 + 0.21 * len(names))
+    figure, axes = new_figure(0.7 + 0.21 * len(names))
     axes.grid(axis="y", visible=False)
     for y, name in enumerate(names):
         values = list(kinds[name].values())
@@ -249,11 +249,11 @@ def corruption_plot(corruption: Mapping[str, Any]) -> tuple[str, Figure] | None:
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.set(xlim=(0, 1), ylim=(-0.6, len(names) - 0.4))
     axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_formatter(_percent)
+    axes.xaxis.set_major_formatter(percent)
     return "Accuracy under common corruptions", figure
 
 
-@_svg
+@svg_plot
 def class_counts_plot(counts: Mapping[str, int]) -> tuple[str, Figure] | None:
     """Draw the images per class, most first; beyond 40 classes without names."""
     if not counts:
@@ -261,11 +261,11 @@ def class_counts_plot(counts: Mapping[str, int]) -> tuple[str, Figure] | None:
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     values = [count for _, count in ordered]
     if len(ordered) > MAX_CELLS:
-        figure, axes = _figure(2.3)
+        figure, axes = new_figure(2.3)
         axes.fill_between(range(1, len(values) + 1), values, step="mid", color=BLUE, alpha=0.7, linewidth=0)
         axes.set(xlabel="classes, by size", ylabel="images", xlim=(0.5, len(values) + 0.5), ylim=(0, None))
     else:
-        figure, axes = _figure(0.5 + 0.19 * len(ordered))
+        figure, axes = new_figure(0.5 + 0.19 * len(ordered))
         axes.grid(axis="y", visible=False)
         axes.barh(range(len(ordered)), values, 0.66, color=BLUE, alpha=0.85)
         axes.set_yticks(range(len(ordered)), [short(name, 24) for name, _ in ordered])
@@ -274,13 +274,13 @@ def class_counts_plot(counts: Mapping[str, int]) -> tuple[str, Figure] | None:
     return "Images per class", figure
 
 
-@_svg
+@svg_plot
 def runtime_plot(runtimes: Sequence[Mapping[str, Any]], winner: str) -> tuple[str, Figure] | None:
     """Draw latency, size and top-1 of the runtimes that were measured, side by side; the one that ships stands out."""
     rows = [entry for entry in runtimes if entry.get("latency_ms") is not None]
     if not rows:
         return None
-    figure = Figure(figsize=(_WIDTH, 0.55 + 0.27 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.55 + 0.27 * len(rows)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     quantities: list[tuple[str, str, float, str]] = [
         ("ms per image", "latency_ms", 1, "{:.3g}"),
@@ -308,13 +308,13 @@ def runtime_plot(runtimes: Sequence[Mapping[str, Any]], winner: str) -> tuple[st
     return "Runtimes", figure
 
 
-@_svg
+@svg_plot
 def difference_plot(arms: Sequence[Mapping[str, Any]]) -> tuple[str, Figure] | None:
     """Draw the arms of a comparison that have a ``difference`` to the baseline: its mean and its 95 % interval."""
     rows = [arm for arm in arms if arm.get("difference")]
     if not rows:
         return None
-    figure, axes = _figure(0.65 + 0.28 * len(rows))
+    figure, axes = new_figure(0.65 + 0.28 * len(rows))
     axes.grid(axis="y", visible=False)
     axes.axvline(0, color=MUTED, lw=1)
     colours = {"better": TEAL, "worse": ROSE}
@@ -327,17 +327,17 @@ def difference_plot(arms: Sequence[Mapping[str, Any]]) -> tuple[str, Figure] | N
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="difference to the baseline, 95 % interval")
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(_percent)
+    axes.xaxis.set_major_formatter(percent)
     return "Differences to the baseline", figure
 
 
-@_svg
+@svg_plot
 def seeds_plot(arms: Sequence[Mapping[str, Any]]) -> tuple[str, Figure] | None:
     """Draw every arm's value per seed, and its mean."""
     rows = [arm for arm in arms if arm.get("values")]
     if not rows:
         return None
-    figure, axes = _figure(0.65 + 0.28 * len(rows))
+    figure, axes = new_figure(0.65 + 0.28 * len(rows))
     axes.grid(axis="y", visible=False)
     for y, arm in enumerate(rows):
         axes.scatter(arm["values"], [y] * len(arm["values"]), s=16, color=BLUE, alpha=0.7, zorder=3, linewidths=0)
@@ -346,14 +346,16 @@ def seeds_plot(arms: Sequence[Mapping[str, Any]]) -> tuple[str, Figure] | None:
     axes.set(ylim=(len(rows) - 0.4, -0.6))
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(_percent)
+    axes.xaxis.set_major_formatter(percent)
     return "Accuracy per seed", figure
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+def new_figure(height: float) -> tuple[Figure, Axes]:
+    """Return a figure with one pair of axes, as wide as all are and ``height`` inches high."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 
 
-def _percent(value: float, _place: float) -> str:
+def percent(value: float, _place: float) -> str:
+    """Write a tick of an axis of shares."""
     return f"{100 * value:.4g}\u202f%"
