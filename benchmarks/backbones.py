@@ -81,7 +81,7 @@ def step(model: nn.Module, images: torch.Tensor, bf16: bool, train: bool) -> Non
         out = model(images)
     if train:
         # Some nets return more than one head while they are trained.
-        sum(part.float().sum() for part in (out if isinstance(out, tuple | list) else [out])).backward()  # type: ignore[union-attr]
+        sum(part.float().sum() for part in (out if isinstance(out, tuple | list) else [out])).backward()
         model.zero_grad()
 
 
