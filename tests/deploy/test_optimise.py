@@ -180,6 +180,23 @@ def test_what_is_no_faster_is_taken_back(monkeypatch):
     assert work.net.drop.p == 0.5
 
 
+@pytest.mark.parametrize(
+    ("after", "precision", "kept"), [(1.0, "fp32", False), (0.9, "fp32", True), (2.0, "bf16", True)]
+)
+def test_what_is_slower_in_the_end_is_not_kept_unless_it_was_asked_for(monkeypatch, after, precision, kept):
+    model = moved(Net())
+    monkeypatch.setattr(_Work, "race", lambda self, *nets: [0.95, after])
+    done = optimise(model, images=torch.randn(2, 3, 8, 8), precision=precision)
+    assert done.report.precision == (precision if kept else "fp32")
+    assert isinstance(done.model.net.bn, nn.Identity) == kept
+    if kept:
+        assert done.report.ratio == 0.95 / after
+    else:
+        assert done.report["all"].reason == "no faster here: 0.95x; none is kept"
+        assert done.report.ratio == 1.0
+        assert done.report.difference == 0.0
+
+
 @pytest.mark.parametrize("wrong", ["shape", "count", "nan"])
 def test_outputs_that_do_not_compare_are_no_small_difference(wrong):
     model = moved(Net())

@@ -213,7 +213,7 @@ def optimise(
         work.compile(unpacked)
     else:
         work.report.steps.append(Step("compile", "not needed", reason="not asked for: compile=True takes minutes"))
-    return work.finish()
+    return work.finish(forced=precision == "bf16")
 
 
 def _example(model: nn.Module) -> Tensor:
@@ -365,12 +365,16 @@ class _Work:
         status: Literal["applied", "refused"] = "refused" if reason else "applied"
         self.report.steps.append(Step("compile", status, 0 if reason else 1, reason, difference))
 
-    def finish(self) -> Optimised:
-        """Measure the original against what it has become."""
+    def finish(self, *, forced: bool) -> Optimised:
+        """Measure the original against what it has become, and keep it if that is slower and was not asked for."""
         final, report = self.prepared(self.net), self.report
         report.precision, report.tolerance = final.precision, TOLERANCE[final.precision]
         report.difference = self.difference(final)
         before, after = self.race(self.original, final)
+        if after > GAIN * before and not forced:  # steps that gain alone can lose together
+            report.steps.append(Step("all", "refused", reason=f"no faster here: {before / after:.2f}x; none is kept"))
+            final, after = Prepared(self.original).eval(), before
+            report.precision, report.tolerance, report.difference = "fp32", TOLERANCE["fp32"], 0.0
         report.before_ms, report.after_ms = 1000 * before, 1000 * after
         return Optimised(final, report)
 
