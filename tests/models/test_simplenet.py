@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from exact import moved, normal
 from timm.models import group_parameters
 
+from exact import moved, normal
 from vitrail.app.build import count_parameters
 from vitrail.checks.simplenet import ARMS, HIDDEN, published_sizes, vgg_head
 from vitrail.errors import InputError
