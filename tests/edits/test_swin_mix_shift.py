@@ -3,8 +3,9 @@ import timm
 import torch
 from timm.models.swin_transformer import WindowAttention
 
-from vitrail.edits.swin_mix_shift import MixShiftSwinBlock, swin_mix_shift
+from vitrail.edits.swin_mix_shift import swin_mix_shift
 from vitrail.errors import InputError
+from vitrail.layers.mixed_block import MixedSwinBlock
 
 SMALL = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 10, "depths": (1, 2), "num_heads": (1, 2)}
 
@@ -57,7 +58,7 @@ def test_a_published_net_of_timm_has_places_for_it():
         model = swin_mix_shift()(timm.create_model("swin_s3_tiny_224"))
     blocks = [block for stage in model.layers for block in stage.blocks]
     assert len(blocks) == 12
-    assert all(isinstance(block, MixShiftSwinBlock) for block in blocks)
+    assert all(isinstance(block, MixedSwinBlock) for block in blocks)
 
 
 @pytest.mark.parametrize(

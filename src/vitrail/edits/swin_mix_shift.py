@@ -10,38 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.models.swin_transformer import SwinTransformerBlock
-from torch import Tensor, nn
+from torch import nn
 
 from vitrail.edits.surgery import Edit, replace_modules
 from vitrail.errors import InputError
 from vitrail.layers.mix_shift import MIX_SIZES, SHIFTS, MixShift
-
-
-class MixShiftSwinBlock(nn.Module):
-    """A block of Swin with its own weights, whose attention is replaced by mix-shift.
-
-    Args:
-        block: of timm's Swin.
-        mix_sizes: side of the region of each group of channels, odd.
-        shifts: places by which each group moves.
-    """
-
-    def __init__(self, block: Any, mix_sizes: Sequence[int], shifts: Sequence[int]) -> None:
-        super().__init__()
-        self.norm1 = block.norm1
-        self.mix = MixShift(block.dim, mix_sizes, shifts)
-        self.drop_path1 = block.drop_path1
-        self.norm2 = block.norm2
-        self.mlp = block.mlp
-        self.drop_path2 = block.drop_path2
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, H, W, C)."""
-        x = x + self.drop_path1(self.mix(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
-
-    def set_input_size(self, *sizes: Any, **named: Any) -> None:
-        """Do nothing: there are no windows to fit to the size of images."""
+from vitrail.layers.mixed_block import MixedSwinBlock
 
 
 def swin_mix_shift(*, mix_sizes: Sequence[Sequence[int]] = MIX_SIZES, shifts: Sequence[int] = SHIFTS) -> Edit:
@@ -72,8 +46,9 @@ def swin_mix_shift(*, mix_sizes: Sequence[Sequence[int]] = MIX_SIZES, shifts: Se
             if isinstance(block, SwinTransformerBlock)
         }
 
-        def build(block: nn.Module) -> nn.Module:
-            return MixShiftSwinBlock(block, mix_sizes[stages[block]], shifts)  # type: ignore[index]
+        def build(block: Any) -> nn.Module:
+            stage = stages[block]
+            return MixedSwinBlock(block, MixShift(block.dim, mix_sizes[stage], shifts))
 
         return replace_modules(model, lambda _, module: module in stages, build, what="block of Swin with attention")
 

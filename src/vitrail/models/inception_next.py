@@ -11,23 +11,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.inception_next import InceptionDWConv2d, MetaNeXt
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
-
-
-class PaddedConv2d(nn.Conv2d):
-    """A convolution that fills images with zeros, below and to the right, to a multiple of ``multiple`` pixels."""
-
-    multiple: int = 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, out_channels, H', W')."""
-        height, width = (-(-side // self.multiple) * self.multiple - side for side in x.shape[-2:])
-        return super().forward(F.pad(x, (0, width, 0, height)) if height or width else x)
+from vitrail.layers.padded_conv import PaddedConv2d
 
 
 class InceptionNeXt(MetaNeXt):
