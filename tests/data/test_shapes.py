@@ -14,6 +14,7 @@ def test_a_scene_is_its_numbers_alone():
         assert np.array_equal(getattr(one, name), getattr(again, name))
     assert not np.array_equal(one.image, scene(6, seed=2).image)
     assert not np.array_equal(one.image, scene(5, seed=3).image)
+    assert not np.array_equal(scene(6, seed=2).image, scene(5, seed=3).image)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 47), (16, 90)])

@@ -88,14 +88,15 @@ def test_a_box_is_taken_once():
 
 def test_a_detection_takes_the_box_that_it_overlaps_most():
     near = (0, 0, 10, 9)
-    found = [detections([near, A], [0.9, 0.8])]
-    assert average_precision(found, [target([A, near])], iou=0.95) == 1
+    # The second overlaps A alone by as much.
+    found = [detections([near, (0, 0, 10, 10.8)], [0.9, 0.8])]
+    assert average_precision(found, [target([A, near])], iou=0.85) == 1
 
 
 def test_the_overlap_counts():
-    found = [detections([(0, 0, 10, 6)], [0.9])]
-    assert average_precision(found, [target([A])], iou=0.6) == 1
-    assert average_precision(found, [target([A])], iou=0.61) == 0
+    found = [detections([(0, 0, 10, 5)], [0.9])]
+    assert average_precision(found, [target([A])], iou=0.5) == 1
+    assert average_precision(found, [target([A])], iou=0.51) == 0
 
 
 def test_classes_count_alike():
