@@ -17,7 +17,7 @@ from vitrail.models import create_model
 
 TIMED = ("sbcformer_b", "edgenext_small", "mobilevit_s", "mobilenetv3_large_150d")
 QUICK_TIMED = ("sbcformer_nano", "mobilenetv3_small_050")
-"""Ours, and of each of three families of timm the net that is nearest in multiply-adds; or a trial of two small ones."""
+"""Ours, and of each of three families of timm the net nearest in multiply-adds; or a trial of two small ones."""
 ROUNDS = 9
 ARMS: dict[str, dict[str, Any]] = {
     "hourglass": {},
