@@ -143,6 +143,8 @@ def test_boxes_are_those_of_cutmix():
     assert draw_box((10, 8), 0.7, Given(0.64, 5, 4)) == (2, 2, 8, 6)
     assert draw_box((10, 8), 0.7, Given(0.64, 1, 7)) == (0, 5, 4, 8)
     assert draw_box((10, 8), 0.7, Given(1.0, 5, 4)) == (5, 4, 5, 4)
+    # sqrt(1 - 0.75) = 0.5: of an odd side, the middle goes to the end.
+    assert draw_box((10, 8), 0.7, Given(0.75, 5, 4)) == (3, 2, 8, 6)
     boxes = [draw_box((4, 6), 1.0, np.random.default_rng(seed)) for seed in range(50)]
     assert all(0 <= t <= b <= 4 and 0 <= left <= right <= 6 for t, left, b, right in boxes)
     assert len(set(boxes)) > 10
@@ -251,6 +253,16 @@ def test_a_teacher_answers_for_each_place_alone(layout, aux):
     for b, i, j in np.ndindex(2, 2, 3):
         wanted = net.aux_head(x[b, :, i, j]) if aux else net.head(net.norm(x[b, :, i, j]))
         torch.testing.assert_close(scores[b, :, i, j], wanted)
+
+
+def test_a_teacher_without_a_second_head_answers_by_its_class_token():
+    torch.manual_seed(0)
+    for pool in ("token", "avg"):
+        teacher = create_model("test_vit", num_classes=3, img_size=32, global_pool=pool).eval()
+        images = torch.randn(2, 3, 32, 32)
+        tokens = teacher.forward_features(images)[:, 1:]
+        wanted = teacher.head(teacher.fc_norm(tokens))
+        torch.testing.assert_close(place_scores(teacher, images).flatten(2).mT, wanted)
 
 
 # ---- the method

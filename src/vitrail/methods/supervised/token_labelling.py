@@ -129,8 +129,9 @@ def draw_box(grid: tuple[int, int], alpha: float, rng: np.random.Generator) -> B
     cut = (1 - rng.beta(alpha, alpha)) ** 0.5
     sides = []
     for size in grid:
-        half, centre = int(size * cut) // 2, int(rng.integers(size))
-        sides.append((max(centre - half, 0), min(centre + half, size)))
+        side, centre = int(size * cut), int(rng.integers(size))
+        # As in timm: the published box has no room for the middle of an odd side, and is empty on the smallest grids.
+        sides.append((max(centre - side // 2, 0), min(centre + (side + 1) // 2, size)))
     (top, bottom), (left, right) = sides
     return top, left, bottom, right
 
