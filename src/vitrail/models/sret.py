@@ -289,7 +289,6 @@ def _ours(state: Mapping[str, Tensor], loops: Sequence[int]) -> dict[str, Tensor
 
 
 _CFG: dict[str, Any] = {"first_conv": "stem.conv.0", "crop_pct": 0.9}
-_T: dict[str, Any] = {}
 _LT: dict[str, Any] = {"mlp_ratio": 4.0}
 _S: dict[str, Any] = {
     "dims": (126, 252, 504),
@@ -338,7 +337,7 @@ def sret_nano(pretrained: bool = False, **kwargs: Any) -> SReT:
 @register_model
 def sret_t(pretrained: bool = False, **kwargs: Any) -> SReT:
     """4.8 M parameters; trained with stochastic depth 0.1."""
-    return _create("sret_t", pretrained, **{**_T, **kwargs})
+    return _create("sret_t", pretrained, **kwargs)
 
 
 @register_model
@@ -362,7 +361,7 @@ def sret_s(pretrained: bool = False, **kwargs: Any) -> SReT:
 @register_model
 def sret_t_wo_slice(pretrained: bool = False, **kwargs: Any) -> SReT:
     """4.8 M parameters, attention of all to all."""
-    return _create("sret_t_wo_slice", pretrained, **{**_T, **_WHOLE, **kwargs})
+    return _create("sret_t_wo_slice", pretrained, **{**_WHOLE, **kwargs})
 
 
 @register_model
@@ -380,7 +379,7 @@ def sret_s_wo_slice(pretrained: bool = False, **kwargs: Any) -> SReT:
 @register_model
 def sret_t_wo_slice_384(pretrained: bool = False, **kwargs: Any) -> SReT:
     """4.9 M parameters, attention of all to all, positions for 384 pixels."""
-    return _create("sret_t_wo_slice_384", pretrained, **{**_T, **_WHOLE, "img_size": 384, **kwargs})
+    return _create("sret_t_wo_slice_384", pretrained, **{**_WHOLE, "img_size": 384, **kwargs})
 
 
 @register_model
