@@ -294,7 +294,7 @@ def authors_name(key):
 
 def test_the_authors_keys_become_ours():
     ours, twin = tiny(), tiny()
-    state = {key: value + 1 for key, value in ours.state_dict().items()}
+    state = {key: value + torch.arange(value.numel()).reshape(value.shape) for key, value in ours.state_dict().items()}
     theirs = {}
     for key, value in state.items():
         if key.endswith("qkv.weight"):
@@ -368,11 +368,14 @@ def test_nets_are_timed_on_one_thread_and_published_sizes_counted():
             threads.append(torch.get_num_threads())
             return super().forward(x)
 
-    before = torch.get_num_threads()
-    nets = [Net(8, 8), Net(8, 8)]
-    spent = latencies(nets, 8, 2, 0)
-    assert threads == [1] * 6
-    assert torch.get_num_threads() == before
+    nets, before = [Net(8, 8), Net(8, 8)], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        spent = latencies(nets, 8, 2, 0)
+        assert threads == [1] * 6
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     assert len(spent) == 2
     (row, _) = latency_rows(("a", "b"), nets, 8, {"a": [2.0, 4.0], "b": [1.0, 1.0]})
     assert row["ms_per_image"] == 3

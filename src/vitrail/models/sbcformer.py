@@ -404,7 +404,7 @@ def _create(variant: str, pretrained: bool, **options: Any) -> SBCFormer:
 
 @register_model
 def sbcformer_nano(pretrained: bool = False, **kwargs: Any) -> SBCFormer:
-    """0.2 M parameters, for images of 16 to 64 pixels; ours, not the paper's."""
+    """0.14 M parameters, for images of 16 to 64 pixels; ours, not the paper's."""
     own = {"dims": (16, 32, 64), "num_heads": (1, 2, 4), "key_dim": 16, "attn_ratio": 1.0, "mlp_ratio": 2.0}
     depths = {"depths_invres": (1, 1, 1), "depths_mixer": (1, 1, 1), "depths_mattn": (1, 1, 1)}
     return _create("sbcformer_nano", pretrained, **{**own, **depths, "side": 4, "stem_stride": 2, **kwargs})

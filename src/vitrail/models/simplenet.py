@@ -25,7 +25,6 @@ class SAFPool(nn.Module):
     """Simple adaptive feature composition: the strongest features of 2 x 2 places, of which training drops some.
 
     What later layers compose has to come from those that are left: it adapts, and does not lean on single features.
-    Dropping behind the pooling, not before, lets no weaker feature of a window take the place of a dropped one.
 
     Args:
         rate: share of the channels that is dropped in training, in [0, 1).
