@@ -129,6 +129,7 @@ def test_it_begins_as_published():
 @pytest.mark.parametrize("stride", [1, 2])
 def test_features_are_those_of_the_stages_there_are(stride):
     model = ResNeXt(**{**TINY, "stem_stride": stride}, num_classes=3).eval()
+    assert [info["reduction"] for info in model.feature_info] == [stride, stride, 2 * stride]
     x = torch.randn(1, 3, 33, 20)
     with torch.no_grad():
         last, found = model.forward_intermediates(x)
