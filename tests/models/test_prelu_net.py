@@ -67,6 +67,8 @@ def test_it_is_plain_layers_and_begins_as_published(kind, slope):
         y = layer(y)
         y = y if number == 6 else nn.functional.leaky_relu(y, slope)
     torch.testing.assert_close(model(x), y)
+    wide = PReLUNet(**{**TINY, "hidden": 600}, rectifier_kind=kind).hidden[3].weight.detach()
+    assert float(wide.std()) == pytest.approx((2 / (1 + slope**2) / 600) ** 0.5, rel=0.01)
     assert model.stem.conv.stride == (2, 2)
     model.reset_classifier(400)
     assert float(model.head.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
