@@ -122,6 +122,20 @@ def test_its_features_are_those_of_both_branches():
     assert model.feature_info.module_name() == ["blocks.1", "blocks.1"]
 
 
+def test_features_leave_out_what_no_patch_sees():
+    x = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    whole = create_model("crossvit_nano", num_classes=0).eval()
+    net = create_model("crossvit_nano", num_classes=0, features_only=True)
+    net.model.load_state_dict(whole.state_dict(), strict=False)
+    maps = net.eval()(x)
+    for found, wanted in zip(maps, whole.forward_intermediates(x, [1, 3], intermediates_only=True), strict=True):
+        torch.testing.assert_close(found, wanted)
+    sum(value.pow(2).sum() for value in maps).backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    assert any("fusion" in name for name, _ in net.named_parameters())
+
+
 def test_checkpointing_gives_the_same_gradients():
     torch.manual_seed(0)
     model, x = CrossViT(img_size=32, **TINY).train(), torch.randn(2, 3, 32, 32)

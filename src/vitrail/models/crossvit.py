@@ -143,6 +143,18 @@ class CrossViT(CrossVit):
         taken = [found[index] for index in sorted(found)]
         return taken if intermediates_only else ([n(tokens) for n, tokens in zip(self.norm, branches)], taken)
 
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Leave out what the maps of ``indices`` do not depend on, and return which they are.
+
+        With the classifiers goes what the class tokens do behind the last block that is left: no patch sees it.
+        """
+        wanted: list[int] = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head:
+            self.blocks[-1] = _Apart(self.blocks[-1].blocks)
+        return wanted
+
     def _embedded(self, x: Tensor) -> tuple[list[Tensor], list[tuple[int, int]]]:
         """Return the tokens of both branches, the class token first, with their positions; and their grids."""
         embeds: Any = self.patch_embed
@@ -166,6 +178,17 @@ class CrossViT(CrossVit):
 
     def _through(self, block: nn.Module, branches: list[Tensor]) -> list[Tensor]:
         return checkpoint(block, branches) if self.grad_checkpointing and self.training else block(branches)
+
+
+class _Apart(nn.Module):
+    """The attention blocks of a multi-scale block, without the exchange of class tokens behind them."""
+
+    def __init__(self, blocks: Any) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, branches: list[Tensor]) -> list[Tensor]:
+        return [block(tokens) for block, tokens in zip(self.blocks, branches)]
 
 
 def _pool(kind: str) -> str:
