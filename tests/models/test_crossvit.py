@@ -131,9 +131,8 @@ def test_features_leave_out_what_no_patch_sees():
     maps = net.eval()(x)
     for found, wanted in zip(maps, whole.forward_intermediates(x, [1, 3], intermediates_only=True), strict=True):
         torch.testing.assert_close(found, wanted)
-    sum(value.pow(2).sum() for value in maps).backward()
-    assert all(parameter.grad is not None for parameter in net.parameters())
-    assert any("fusion" in name for name, _ in net.named_parameters())
+    exchanging = {name.split(".")[2] for name, _ in net.named_parameters() if ".fusion." in name or "projs." in name}
+    assert exchanging == {"0"}, "the last of the two blocks has no tokens to exchange"
 
 
 def test_checkpointing_gives_the_same_gradients():
