@@ -6,7 +6,7 @@ import torch
 from timm.models.focalnet import FocalModulation as TimmsModulation
 from torch import nn
 
-from vitrail.edits.focalnet import FocalModulation, focal_modulation
+from vitrail.edits.focal_modulation import FocalModulation, focal_modulation
 from vitrail.errors import InputError
 from vitrail.layers.mixed_block import MixedSwinBlock
 

@@ -4,7 +4,7 @@ import timm
 import torch
 from torch import nn
 
-from vitrail.edits.focalnet import focal_modulation
+from vitrail.edits.focal_modulation import focal_modulation
 from vitrail.errors import InputError
 from vitrail.evaluate.modulator import modulation_picture, modulations
 from vitrail.models import create_model

@@ -2,8 +2,8 @@
 
 Yang, Li, Dai, Gao, "Focal Modulation Networks" (NeurIPS 2022), arXiv 2203.11926. The nets of stages are timm's. The
 isotropic ones, which timm does not have, and a nano for small images are built from its class, begun as the authors'
-code begins them. The modulation itself, for other models, is ``vitrail.edits.focalnet``, and what a net's modulators
-and gates look like ``vitrail.evaluate.modulator``.
+code begins them. The modulation itself, for other models, is ``vitrail.edits.focal_modulation``, and what a net's
+modulators and gates look like ``vitrail.evaluate.modulator``.
 """
 
 from __future__ import annotations
