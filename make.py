@@ -73,7 +73,7 @@ def main() -> None:
             run(BIN / "python", "-m", "pytest", "-n", "2", *part)
     elif task == "lint":
         install("test", "lint")
-        run(BIN / "ruff", "check", ".")
+        run(BIN / "ruff", "check", "--no-cache", ".")
         run(BIN / "ruff", "format", "--check", ".")
         run(BIN / "mypy")
     elif task == "docs":

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from exact import moved, normal
 from timm.utils import reparameterize_model
 from torch import nn
 
+from exact import moved, normal
 from vitrail.app.build import count_parameters
 from vitrail.app.check import check
 from vitrail.checks.convfirst import NETS, QUICK_NETS, arms

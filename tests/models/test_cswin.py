@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import moved, normal
 from timm.models.swin_transformer import SwinTransformerBlock
 
+from exact import moved, normal
 from vitrail.app.build import count_parameters
 from vitrail.checks.cswin import NET, reach_of_blocks, shifted_windows
 from vitrail.errors import InputError

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from exact import moved, normal
 from torch import nn
 
+from exact import moved, normal
 from vitrail.app.build import count_parameters
 from vitrail.checks.ctm import NET, Size, lstm_like, recursion_gap
 from vitrail.errors import InputError

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import moved, normal
 from timm.optim import param_groups_weight_decay
 
+from exact import moved, normal
 from vitrail.app.build import count_parameters
 from vitrail.checks.groupmamba import ARMS
 from vitrail.errors import InputError

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import moved, normal
 
+from exact import moved, normal
 from vitrail.app.build import count_parameters
 from vitrail.checks.l2vit import (
     ARMS,

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import moved, normal
 from timm.optim import param_groups_weight_decay
 
+from exact import moved, normal
 from vitrail.app.build import count_parameters
 from vitrail.checks.mamba_nd import ARMS, CLIPS, IMAGES, blobs_in_motion
 from vitrail.errors import InputError

@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from exact import normal
 from timm.optim import param_groups_weight_decay
 
+from exact import normal
 from vitrail.app.build import count_parameters
 from vitrail.checks import mambaeye as check
 from vitrail.checks.check import Context

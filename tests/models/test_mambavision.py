@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import moved, normal
 from timm.optim import param_groups_weight_decay
 from torch.utils.flop_counter import FlopCounterMode
 
+from exact import moved, normal
 from vitrail.app.build import count_parameters
 from vitrail.checks.mambavision import FIRST, LAST, NET, WIDER, anywhere
 from vitrail.errors import InputError

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import normal
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
+from exact import normal
 from vitrail.app.build import count_parameters
 from vitrail.checks.medical_mamba import CLASSES, NETS, cost, phantoms, soft_dice
 from vitrail.errors import VitrailError

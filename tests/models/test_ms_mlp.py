@@ -1,7 +1,7 @@
 import pytest
 import torch
-from exact import moved, normal
 
+from exact import moved, normal
 from vitrail.app.build import count_parameters
 from vitrail.checks import ms_mlp as check
 from vitrail.checks.check import Context

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import moved, normal
 
+from exact import moved, normal
 from vitrail.app.build import count_parameters
 from vitrail.checks import ravlt as check
 from vitrail.checks.check import Context

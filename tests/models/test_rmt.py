@@ -3,9 +3,9 @@ import math
 
 import pytest
 import torch
-from exact import normal
 from torch.utils.flop_counter import FlopCounterMode
 
+from exact import normal
 from vitrail.errors import InputError
 from vitrail.models import create_model
 from vitrail.models.rmt import (

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import moved, normal
 from timm.models import group_parameters
 
+from exact import moved, normal
 from vitrail.app.build import count_parameters
 from vitrail.checks.smt import ARMS
 from vitrail.errors import InputError

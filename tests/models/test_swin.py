@@ -2,8 +2,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from exact import moved, normal
 
+from exact import moved, normal
 from vitrail.checks.swin import ARMS, NET
 from vitrail.errors import InputError
 from vitrail.models import create_model

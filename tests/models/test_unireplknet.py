@@ -3,10 +3,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import moved, normal
 from timm.utils import reparameterize_model
 from torch import nn
 
+from exact import moved, normal
 from vitrail.app.build import count_flops, count_parameters
 from vitrail.errors import InputError
 from vitrail.models import create_model

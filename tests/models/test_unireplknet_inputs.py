@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import moved, normal
 from torch import nn
 
+from exact import moved, normal
 from vitrail.errors import InputError
 from vitrail.models import create_model
 from vitrail.models.unireplknet_inputs import (

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import normal
 from torch import nn
 
+from exact import normal
 from vitrail.app.build import count_parameters
 from vitrail.errors import InputError
 from vitrail.models import create_model
