@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent / "src" / "vitrail"
 ORDER = [
     ["cli", "__main__"],
     ["app", "checks"],
-    ["training"],
-    ["methods", "compress"],
+    ["training", "search"],
+    ["methods", "compress", "generate"],
     ["models"],
     ["layers", "edits", "data", "evaluate", "deploy", "report"],
     ["catalog"],
