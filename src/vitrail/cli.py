@@ -48,7 +48,7 @@ def app() -> None:
 @click.option("--minutes", type=float, help="Wall-clock budget, report included.  [default: 10; 1 for the digits]")
 @click.option("--out", type=FILE, help="Run folder.  [default: runs/ and the name of the data]")
 @click.option("--target-ms", type=float, help="Latency per image that the shipped model must meet.")
-@click.option("--recipe", type=FILE, help="TOML recipe.")
+@click.option("--recipe", type=FILE, help="TOML recipe, or the name of a shipped one, as deit3.")
 @overrides
 def fit(
     path: str | None,

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFilter
 
+from vitrail.data import views as views_module
 from vitrail.data.decode import UnreadableImage, decode
 from vitrail.data.preprocess import RESAMPLING, Preprocess
 from vitrail.data.views import EvalView, TrainView, build_views, crop_box, resize
@@ -156,7 +157,14 @@ def test_flip_has_its_probability():
 
 
 @pytest.mark.parametrize(
-    "options", [{"color_jitter": 0.4}, {"rand_augment": 9}, {"erase": 1.0}, {"policy": "crop", "flip": 0.5}]
+    "options",
+    [
+        {"color_jitter": 0.4},
+        {"rand_augment": 9},
+        {"erase": 1.0},
+        {"policy": "crop", "flip": 0.5},
+        {"three_augment": True},
+    ],
 )
 def test_only_the_generator_decides(options):
     view = train(**options)
@@ -188,11 +196,11 @@ def test_erase_fills_a_box_with_the_mean_colour():
     assert not image.any(), "the source was painted on"
 
 
-@pytest.mark.parametrize("policy", ["crop", "shift", "none"])
+@pytest.mark.parametrize("policy", ["crop", "shift", "simple", "none"])
 @pytest.mark.parametrize("size", [(32, 24), (40, 30)])
 def test_a_batch_is_its_images_one_by_one(policy, size):
     images = [photo(*size, seed) for seed in range(5)]
-    view = train(policy, flip=0.5, erase=0.5, color_jitter=0.2)
+    view = train(policy, flip=0.5, erase=0.5, color_jitter=0.2, three_augment=True)
     together = view.batch(images, [rng(seed) for seed in range(5)])
     for seed, image in enumerate(images):
         assert np.array_equal(view(image, rng(seed)), together[seed])
@@ -202,14 +210,15 @@ def test_read_only_pixels_are_fine_and_untouched():
     image = photo(40, 30)
     image.flags.writeable = False
     before = image.copy()
-    for policy in ("crop", "shift", "none"):
-        train(policy, flip=0.5, erase=1.0, color_jitter=0.3, rand_augment=5)(image, rng())
+    for policy in ("crop", "shift", "simple", "none"):
+        train(policy, flip=0.5, erase=1.0, color_jitter=0.3, rand_augment=5, three_augment=True)(image, rng())
     EvalView(PREPROCESS)(image, rng())
     assert np.array_equal(image, before)
 
 
 def test_build_views():
-    augment = AugmentConfig(policy="shift", flip=0.5, color_jitter=0.4, rand_augment=9, erase=0.2)
+    changes = {"color_jitter": 0.4, "rand_augment": 9, "three_augment": True, "erase": 0.2}
+    augment = AugmentConfig(policy="shift", flip=0.5, **changes)
     data = DataConfig(background=(1, 2, 3), max_pixels=12345)
     views = build_views({"image": "train", "calm": "weak", "plain": "eval"}, PREPROCESS, augment, data)
     assert views["image"].augment == augment
@@ -229,3 +238,63 @@ def test_errors():
     for undecided in (AugmentConfig(flip=0.5), AugmentConfig(policy="crop")):
         with pytest.raises(InputError, match="still 'auto'"):
             build_views({"image": "train"}, PREPROCESS, undecided, DataConfig())
+
+
+def test_a_simple_crop_is_a_window_of_the_whole_image():
+    """The image is scaled until it covers the size; nothing else of it is lost before the cut."""
+    preprocess = Preprocess((12, 12), crop_pct=0.8)  # the share that evaluation keeps does not matter
+    image = photo(24, 32)
+    scaled = Image.fromarray(image).resize((16, 24), RESAMPLING["bilinear"]).resize((16, 12), RESAMPLING["bilinear"])
+    padded = np.pad(np.asarray(scaled), ((4, 4), (4, 4), (0, 0)), "reflect").astype(int)
+    places = [(top, left) for top in range(9) for left in range(13)]
+    windows = np.stack([padded[top : top + 12, left : left + 12] for top, left in places])
+    view, random, seen = train("simple", preprocess=preprocess), rng(), set()
+    for _ in range(500):
+        gaps = np.abs(windows - view(image, random)).max((1, 2, 3))
+        assert gaps.min() <= 1
+        seen.add(places[int(gaps.argmin())])
+    assert len(seen) > 100 and {0, 8} <= {top for top, _ in seen} and {0, 12} <= {left for _, left in seen}
+
+
+def test_a_simple_crop_of_a_thin_image_fits_the_memory():
+    view = train("simple", preprocess=Preprocess((16, 16)))
+    assert view(photo(2, 4000), rng()).shape == (16, 16, 3)
+    squashed = train("simple", preprocess=Preprocess((16, 20), resize="squash"))
+    assert squashed(photo(30, 90), rng()).shape == (16, 20, 3)
+
+
+def test_three_augment_is_grey_solarised_or_blurred():
+    image = photo(32, 24)
+    grey = np.asarray(Image.fromarray(image).convert("L"))
+    solarised = np.where(image < 128, image, 255 - image)
+    view, random, counts = train(three_augment=True), rng(), {"grey": 0, "solarised": 0, "blurred": 0}
+    for _ in range(600):
+        found = view(image, random)
+        if np.array_equal(found, grey[..., None].repeat(3, -1)):
+            counts["grey"] += 1
+        elif np.array_equal(found, solarised):
+            counts["solarised"] += 1
+        else:
+            counts["blurred"] += 1
+    assert all(160 < count < 240 for count in counts.values())
+
+
+def test_three_augment_blurs_as_published():
+    point = np.zeros((32, 24, 3), np.uint8)
+    point[16, 12] = 255
+    expected = [np.asarray(Image.fromarray(point).filter(ImageFilter.GaussianBlur(radius))) for radius in (0.1, 2.0)]
+    peaks = [int(value[16, 12, 0]) for value in expected]
+    view, random = train(three_augment=True), rng()
+    found = [int(view(point, random)[16, 12, 0]) for _ in range(600)]
+    blurred = [value for value in found if value not in (0, 255)]  # solarised it is black, and grey it stays white
+    assert peaks[1] <= min(blurred) <= peaks[1] + 1 and peaks[0] - 9 <= max(blurred) <= peaks[0]
+
+
+def test_three_augment_comes_after_the_flip_and_before_the_jitter():
+    seen = []
+    names = ("_three_augment", "_color_jitter")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(views_module, name, lambda pixels, *_, name=name: seen.append(name) or pixels)
+        train(three_augment=True, color_jitter=0.3)(photo(32, 24), rng())
+    assert tuple(seen) == names

@@ -99,3 +99,14 @@ def test_the_method_trains():
 def test_smoothing_out_of_range_is_refused(smoothing):
     with pytest.raises(InputError, match="smoothing"):
         Supervised(nn.Identity(), smoothing=smoothing)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_asks_for_each_class_and_counts_mixed_ones_fully(smoothing):
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    mixed = torch.tensor([[0.3, 0, 0.7, 0, 0], [0, 1.0, 0, 0, 0], [0, 0, 0, 0.01, 0.99]])
+    method = Supervised(nn.Identity(), smoothing=smoothing, binary=True)
+    present = mixed.gt(0).float().tolist()
+    for target, wanted in ((mixed, present), (torch.tensor([0, 4, 2]), torch.eye(5)[[0, 4, 2]].tolist())):
+        found = method({"image": logits, "target": target})["loss"]
+        assert float(found) == pytest.approx(slow_loss(logits.tolist(), wanted, smoothing, [1.0] * 5, True), rel=1e-5)

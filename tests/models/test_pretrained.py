@@ -153,3 +153,24 @@ def test_an_unreachable_hub_is_told_and_training_goes_on(monkeypatch):
     assert "no route to host" in load_pretrained(model, "resnet18", "auto").description
     with pytest.raises(InputError, match="no route to host"):
         load_pretrained(model, "resnet18", "hub")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_positions_of_another_resolution_are_interpolated(tmp_path, wrapped):
+    """Also under the authors' names, and with another number of classes."""
+    own = {"patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 2}
+    small, large = (
+        create_model("deit3_small_patch16_224", num_classes=classes, img_size=size, **own)
+        for classes, size in ((3, 32), (5, 64))
+    )
+    with torch.no_grad():
+        small.blocks[0].ls1.gamma += 0.5
+    state = {
+        key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for key, v in small.state_dict().items()
+    }
+    torch.save({"model": state} if wrapped else small.state_dict(), tmp_path / "low.pth")
+    load_pretrained(large, "deit3_small_patch16_224", str(tmp_path / "low.pth"))
+    assert torch.equal(large.blocks[0].ls1.gamma, small.blocks[0].ls1.gamma)
+    grid = small.pos_embed.unflatten(1, (2, 2)).movedim(3, 1)
+    wanted = torch.nn.functional.interpolate(grid, (4, 4), mode="bicubic", antialias=True)
+    torch.testing.assert_close(large.pos_embed, wanted.flatten(2).mT)

@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vitrail
+from vitrail.catalog import recipe_names
+from vitrail.catalog.shipped import FOLDER
 from vitrail.errors import InputError
+from vitrail.models import model_names
 from vitrail.training.recipe import Recipe, apply_overrides, recipe_keys
 
 
@@ -76,12 +79,35 @@ def test_values_are_read_as_toml_or_text(text, value):
 def test_broken_toml_and_missing_file_name_the_file(tmp_path):
     with pytest.raises(InputError, match=r"no\.toml"):
         Recipe.load(tmp_path / "no.toml")
+    with pytest.raises(
+        InputError, match=r"cannot read the recipe diet3: .* name of a shipped recipe: deit3, deit3_fine"
+    ):
+        Recipe.load("diet3")
     (tmp_path / "bad.toml").write_text("[optim\n")
     with pytest.raises(InputError, match=r"bad\.toml"):
         Recipe.load(tmp_path / "bad.toml")
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xff")
     with pytest.raises(InputError, match="UTF-8"):
         Recipe.load(tmp_path / "bytes.toml")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_shipped_recipe_loads_by_its_name_and_says_how_long_to_train(name):
+    recipe = Recipe.load(name, ["train.batch_size=8"])
+    assert recipe.train.batch_size == 8
+    assert {recipe.train.epochs, recipe.optim.lr, recipe.model.name, recipe.augment.policy}.isdisjoint({"auto"})
+    assert recipe.model.name in model_names()
+    assert (FOLDER / f"{name}.toml").read_text(encoding="utf-8").startswith("# ")
+
+
+def test_a_file_comes_before_a_shipped_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = recipe_names()[0]
+    (tmp_path / name).mkdir()
+    shipped = Recipe.load(name)
+    (tmp_path / name).rmdir()
+    (tmp_path / name).write_text("minutes = 3.0\n")
+    assert (shipped.minutes, Recipe.load(name).minutes) == (None, 3.0)
 
 
 def test_seed_sets_the_training_seed_alone():

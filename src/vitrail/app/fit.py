@@ -47,7 +47,7 @@ def fit(
         minutes: wall-clock budget, report included; 10 unless the recipe says otherwise (1 for the digits).
         out: run folder; ``runs/`` and the name of the data by default.
         target_ms: latency per image that the shipped model must meet, in milliseconds.
-        recipe: TOML file or ``Recipe``.
+        recipe: TOML file, the name of a shipped one, or ``Recipe``.
         overrides: ``key=value`` entries of the recipe.
         events: called with dictionaries whose ``"event"`` is ``stage``, ``message``, ``warning`` or ``progress``.
         started: ``time.monotonic()`` at which the budget began; now by default.

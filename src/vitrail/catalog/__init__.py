@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from vitrail.catalog.card import Card, Claim, Size, cards, find, locate
+from vitrail.catalog.shipped import recipe_names, shipped_recipe
 
-__all__ = ["Card", "Claim", "Size", "cards", "find", "locate"]
+__all__ = ["Card", "Claim", "Size", "cards", "find", "locate", "recipe_names", "shipped_recipe"]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from vitrail.data.decode import decode_array
 from vitrail.data.preprocess import Preprocess
@@ -22,7 +22,12 @@ from vitrail.errors import InputError, unknown
 if TYPE_CHECKING:
     from vitrail.training.recipe import AugmentConfig, DataConfig
 
-KINDS = ("train", "weak", "eval")
+CROPS = ("global_1", "global_2", "local")
+KINDS = ("train", "weak", "eval", *CROPS)
+SIMPLE_PAD = 4
+"""Pixels that the simple random crop reflects outwards, whatever the size."""
+BLUR = (0.1, 2.0)
+"""Least and greatest standard deviation of 3-Augment's blur, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,14 @@ class EvalView(View):
 
 @dataclass(frozen=True)
 class TrainView(View):
-    """A random view: geometry, flip, RandAugment, colour jitter, erasing, in this order.
+    """A random view: geometry, flip, RandAugment, 3-Augment, colour jitter, erasing, in this order.
 
     Args:
         augment: a resolved section of the recipe. The policy ``crop`` is the random resized crop of torchvision;
-            ``shift`` resizes as in evaluation, reflects an eighth of each side outwards and cuts at random; ``none``
-            is as in evaluation. Every resize is within one grey level of Pillow's (bicubic: two).
+            ``shift`` resizes as in evaluation, reflects an eighth of each side outwards and cuts at random; ``simple``,
+            the simple random crop of DeiT III, scales the whole image until it covers the size, reflects four pixels
+            outwards and cuts at random; ``none`` is as in evaluation. Every resize is within one grey level of Pillow's
+            (bicubic: two).
 
     Raises:
         InputError: ``augment`` still says "auto".
@@ -94,24 +101,68 @@ class TrainView(View):
         if augment.policy == "none":
             sources = _as_evaluated(images, preprocess)
         elif augment.policy == "shift":
-            sources = _reflected(_as_evaluated(images, preprocess))
+            pixels = _as_evaluated(images, preprocess)
+            sources = _reflected(pixels, pixels.shape[1] // 8, pixels.shape[2] // 8)
+        elif augment.policy == "simple":
+            sources = _reflected(_covering(images, preprocess), SIMPLE_PAD, SIMPLE_PAD)
         result = np.empty((len(images), *preprocess.size, 3), np.uint8)
         for pixels, target, rng in zip(sources, result, rngs):
             if augment.policy == "crop":
                 top, left, height, width = crop_box(*_size(pixels), augment.scale, augment.ratio, rng)
                 crop = pixels[None, top : top + height, left : left + width]
                 pixels = resize(crop, preprocess.size, preprocess.interpolation)[0]
-            elif augment.policy == "shift":
+            elif augment.policy in ("shift", "simple"):
                 pixels = _cut(pixels, preprocess.size, rng)
             if rng.random() < float(augment.flip):
                 pixels = pixels[:, ::-1]
             if augment.rand_augment:
                 pixels = _rand_augment(pixels, augment.rand_augment, preprocess, rng)
+            if augment.three_augment:
+                pixels = _three_augment(pixels, rng)
             if augment.color_jitter:
                 pixels = _color_jitter(pixels, augment.color_jitter, rng)
             target[:] = pixels
             if rng.random() < augment.erase:
                 _erase(target, preprocess, rng)
+        return result
+
+
+@dataclass(frozen=True)
+class CropView(View):
+    """A random crop with the strong changes of colour that self-supervised training compares: DINO's.
+
+    Crop, flip, jitter of colours with probability 0.8, grey with 0.2, blur and solarising, in this order. The blur's
+    standard deviation of 0.1 to 2 pixels is for 224 pixels, and less where the crop is smaller.
+
+    Args:
+        scale: least and greatest share of the image's area.
+        flip, blur, solarize: probabilities.
+    """
+
+    scale: tuple[float, float]
+    flip: float = 0.5
+    blur: float = 0.5
+    solarize: float = 0.0
+
+    def batch(self, images: Sequence[np.ndarray], rngs: Iterable[np.random.Generator]) -> np.ndarray:
+        """Return uint8 pixels (B, H, W, 3)."""
+        size = self.preprocess.size
+        result = np.empty((len(images), *size, 3), np.uint8)
+        for pixels, target, rng in zip(images, result, rngs):
+            top, left, height, width = crop_box(*_size(pixels), self.scale, (3 / 4, 4 / 3), rng)
+            crop = resize(pixels[None, top : top + height, left : left + width], size, self.preprocess.interpolation)[0]
+            if rng.random() < self.flip:
+                crop = crop[:, ::-1]
+            image = Image.fromarray(np.ascontiguousarray(crop))
+            if rng.random() < 0.8:
+                image = _jitter_colours(image, rng)
+            if rng.random() < 0.2:
+                image = image.convert("L").convert("RGB")
+            if rng.random() < self.blur:
+                image = image.filter(ImageFilter.GaussianBlur((0.1 + 1.9 * rng.random()) * min(1.0, max(size) / 224)))
+            if rng.random() < self.solarize:
+                image = ImageOps.solarize(image)
+            target[:] = np.asarray(image)
         return result
 
 
@@ -121,8 +172,10 @@ def build_views(
     """Return one view per entry of a batch.
 
     Args:
-        names: kind of view by name, as in ``Method.views``: ``"train"`` (all of ``augment``), ``"weak"`` (its crop or
-            shift and its flip alone) or ``"eval"``.
+        names: kind of view by name, as in ``Method.views``: ``"train"`` (all of ``augment``), ``"weak"`` (its geometry
+            and its flip alone) ``"eval"``, or
+            DINO's large crops, ``"global_1"`` and ``"global_2"``, and its small one, ``"local"``, of 3/7 of the side;
+            of ``augment``, they have the flip alone.
         preprocess: size, resize and interpolation.
         augment: the recipe's section, resolved.
         data: the recipe's section, for ``background`` and ``max_pixels``.
@@ -130,13 +183,27 @@ def build_views(
     Raises:
         InputError: for an unknown kind, or an ``augment`` that still says "auto".
     """
-    weak = augment.model_copy(update={"color_jitter": 0.0, "rand_augment": 0, "erase": 0.0})
+    weak = augment.model_copy(update={"color_jitter": 0.0, "rand_augment": 0, "three_augment": False, "erase": 0.0})
     views: dict[str, View] = {}
     for name, kind in names.items():
         if kind not in KINDS:
             raise unknown(f"kind of view for {name!r}", kind, KINDS)
         if kind == "eval":
             views[name] = EvalView(preprocess, background=data.background, max_pixels=data.max_pixels)
+        elif kind in CROPS:
+            if augment.flip == "auto":
+                raise InputError("augment.flip is still 'auto': resolve the recipe first, or set it to a value")
+            # 96 of 224 pixels, as published.
+            small = replace(preprocess, size=tuple(max(1, round(side * 3 / 7)) for side in preprocess.size))
+            views[name] = CropView(
+                small if kind == "local" else preprocess,
+                scale=(0.05, 0.4) if kind == "local" else (0.4, 1.0),
+                flip=float(augment.flip),
+                blur={"global_1": 1.0, "global_2": 0.1, "local": 0.5}[kind],
+                solarize=0.2 if kind == "global_2" else 0.0,
+                background=data.background,
+                max_pixels=data.max_pixels,
+            )
         else:
             chosen = augment if kind == "train" else weak
             views[name] = TrainView(preprocess, chosen, background=data.background, max_pixels=data.max_pixels)
@@ -199,9 +266,17 @@ def _as_evaluated(images: Sequence[np.ndarray], preprocess: Preprocess) -> np.nd
     return pixels[:, top : top + h, left : left + w]
 
 
-def _reflected(images: np.ndarray) -> np.ndarray:
-    """Reflect an eighth of each side outwards."""
-    pad_h, pad_w = images.shape[1] // 8, images.shape[2] // 8
+def _covering(images: Sequence[np.ndarray], preprocess: Preprocess) -> np.ndarray:
+    """Resize images of one size until they just cover ``preprocess.size``, and crop nothing: (B, H, W, 3)."""
+    whole = replace(preprocess, crop_pct=1.0)
+    height, width = whole.resized(*_size(images[0]))
+    if height * width > 64 * preprocess.size[0] * preprocess.size[1]:  # long and thin: its middle alone
+        return _as_evaluated(images, whole)
+    return resize(np.stack(images), (height, width), preprocess.interpolation)
+
+
+def _reflected(images: np.ndarray, pad_h: int, pad_w: int) -> np.ndarray:
+    """Reflect rows and columns outwards, as many on each side."""
     return np.pad(images, ((0, 0), (pad_h, pad_h), (pad_w, pad_w), (0, 0)), mode="reflect")
 
 
@@ -243,6 +318,19 @@ def _rand_augment(pixels: np.ndarray, magnitude: int, preprocess: Preprocess, rn
         generator.set_state(state)
 
 
+def _three_augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Apply one of the three changes of DeiT III, each as often: grey, solarised or blurred."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    choice = int(rng.integers(3))
+    if choice == 0:
+        image = image.convert("L").convert("RGB")
+    elif choice == 1:
+        image = ImageOps.solarize(image)
+    else:
+        image = image.filter(ImageFilter.GaussianBlur(BLUR[0] + (BLUR[1] - BLUR[0]) * rng.random()))
+    return np.asarray(image)
+
+
 def _color_jitter(pixels: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Change brightness, contrast and saturation by factors within 1 - strength to 1 + strength, in random order."""
     changes = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
@@ -250,6 +338,20 @@ def _color_jitter(pixels: np.ndarray, strength: float, rng: np.random.Generator)
     for place in rng.permutation(len(changes)):
         image = changes[place](image).enhance(1 + strength * (2 * rng.random() - 1))
     return np.asarray(image)
+
+
+def _jitter_colours(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Change brightness and contrast by up to 40 %, saturation by 20 % and hue by a tenth of its circle, in any order."""
+    changes = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for place in rng.permutation(4):
+        amount = 2 * rng.random() - 1
+        if place == 3:
+            hue, saturation, value = image.convert("HSV").split()
+            turned = (np.asarray(hue).astype(np.int16) + round(0.1 * 255 * amount)) % 256
+            image = Image.merge("HSV", (Image.fromarray(turned.astype(np.uint8)), saturation, value)).convert("RGB")
+        else:
+            image = changes[place](image).enhance(1 + (0.4, 0.4, 0.2)[place] * amount)
+    return image
 
 
 def _erase(pixels: np.ndarray, preprocess: Preprocess, rng: np.random.Generator) -> None:

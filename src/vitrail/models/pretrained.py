@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,9 +170,13 @@ def _load(model: nn.Module, state: dict[str, Tensor], name: str, path: Path) -> 
     module = __import__(type(model).__module__, fromlist=["checkpoint_filter_fn"])
     convert = getattr(module, "checkpoint_filter_fn", None)
     own = model.state_dict()
-    if convert is not None and set(state) != set(own):
-        state = convert(state, model)
     head = _classifier_keys(model)
+    # Also where names fit and shapes do not: positions that were learned at another resolution are interpolated there.
+    unlike = any(key in own and own[key].shape != value.shape for key, value in state.items() if key not in head)
+    if convert is not None and (unlike or set(state) != set(own)):
+        # Nets of timm with this option, as DeiT III, have checkpoints whose scales of layers are named otherwise.
+        scales = "adapt_layer_scale" in inspect.signature(convert).parameters
+        state = convert(state, model, **({"adapt_layer_scale": True} if scales else {}))
     kept = {
         key: value for key, value in state.items() if key not in head or (key in own and own[key].shape == value.shape)
     }

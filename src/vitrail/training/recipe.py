@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vitrail.catalog import recipe_names, shipped_recipe
 from vitrail.errors import InputError, unknown
 
 Auto = Literal["auto"]
@@ -95,8 +96,9 @@ class MethodConfig(Section):
 class AugmentConfig(Section):
     """Random views of the training images, and how they are mixed."""
 
-    policy: Literal["crop", "shift", "none"] | Auto = "auto"
-    """``crop``: random resized crop; ``shift``: pad and random crop, for small images; ``none``: as in evaluation."""
+    policy: Literal["crop", "shift", "simple", "none"] | Auto = "auto"
+    """``crop``: random resized crop; ``shift``: pad and random crop, for small images; ``simple``: DeiT III's random
+    crop of the whole image; ``none``: as in evaluation."""
     scale: tuple[float, float] = (0.35, 1.0)
     """Area of the random resized crop, as a share of the image."""
     ratio: tuple[float, float] = (0.75, 4 / 3)
@@ -105,6 +107,8 @@ class AugmentConfig(Section):
     color_jitter: Fraction = 0.0
     rand_augment: Annotated[int, Field(ge=0, le=30)] = 0
     """Magnitude of RandAugment with two operations; 0 is off."""
+    three_augment: bool = False
+    """DeiT III's 3-Augment: each image is turned grey, solarised or blurred."""
     erase: Fraction = 0.0
     mixup: Annotated[float, Field(ge=0.0)] = 0.0
     """Alpha of mixup's Beta distribution; 0 is off."""
@@ -215,13 +219,24 @@ class Recipe(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
-        """Read a TOML file and apply ``key=value`` overrides."""
-        path = Path(path)
+        """Read a TOML file and apply ``key=value`` overrides.
+
+        Args:
+            path: of the file; or, where there is none, the name of a recipe that Vitrail ships, as ``deit3``.
+            overrides: entries that replace those of the file.
+
+        Raises:
+            InputError: no such file or name, or an entry that is not allowed.
+        """
+        path = shipped_recipe(path)
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise InputError(f"cannot read the recipe {path}: {reason}; give the path of a TOML file") from None
+            raise InputError(
+                f"cannot read the recipe {path}: {reason}; give the path of a TOML file, or the name of a shipped "
+                f"recipe: {', '.join(recipe_names())}"
+            ) from None
         except tomllib.TOMLDecodeError as error:
             raise InputError(f"the recipe {path} is not valid TOML: {error}") from None
         return cls.from_dict(apply_overrides(values, overrides), where=str(path))

@@ -1,6 +1,8 @@
-"""Plain supervised training: cross-entropy for one label per image, binary cross-entropy for several.
+"""Plain supervised training: cross-entropy for one label per image, binary cross-entropy for several or on request.
 
-Label smoothing follows Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (2016), section 7.
+Binary cross-entropy of one label per image follows Wightman, Touvron and Jégou, "ResNet strikes back" (2021), and DeiT
+III: each class is asked for by itself, and an image mixed of two shows both. Label smoothing follows Szegedy et al.,
+"Rethinking the Inception Architecture for Computer Vision" (2016), section 7.
 """
 
 from __future__ import annotations
@@ -58,6 +60,8 @@ class Supervised(Method):
         smoothing: label smoothing, in [0, 1).
         class_weights: one factor per class, or None.
         multilabel: several labels per image.
+        binary: binary cross-entropy for one label per image, too; every class of an image that mixup or cutmix mixed
+            then counts fully, whatever its share.
     """
 
     class_weights: Tensor | None
@@ -69,23 +73,27 @@ class Supervised(Method):
         smoothing: float = 0.1,
         class_weights: Sequence[float] | Tensor | None = None,
         multilabel: bool = False,
+        binary: bool = False,
     ) -> None:
         super().__init__(model)
         if not 0 <= smoothing < 1:
             raise InputError(f"method.options.smoothing = {smoothing} is not allowed: give a number in [0, 1)")
         self.smoothing = smoothing
         self.multilabel = multilabel
+        self.binary = binary
         weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights, persistent=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss`` for ``image`` (B, 3, H, W) and ``target``."""
-        logits = self.model(batch["image"])
+        logits, target = self.model(batch["image"]), batch["target"]
+        if self.binary:
+            target = one_hot_targets(target, logits.shape[-1]).gt(0)
         loss = supervised_loss(
             logits,
-            batch["target"],
+            target,
             smoothing=self.smoothing,
             class_weights=self.class_weights,
-            multilabel=self.multilabel,
+            multilabel=self.multilabel or self.binary,
         )
         return {"loss": loss}
