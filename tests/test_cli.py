@@ -4,6 +4,7 @@ import sys
 import pytest
 
 import vitrail
+from vitrail.cli import main
 
 
 def vitrail_command(*arguments: str) -> subprocess.CompletedProcess:
@@ -54,11 +55,19 @@ def test_list_and_show():
         (["audit", "/no/such/path"], "/no/such/path"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_two(arguments, text, tmp_path, monkeypatch):
+def test_bad_input_is_one_line_and_exit_code_two(arguments, text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    done = vitrail_command(*arguments)
-    assert done.returncode == 2, done.stderr
-    message = done.stderr.strip().splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", ["vitrail", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
     assert text in message
     assert message.startswith("vitrail: ")
+
+
+def test_bad_input_leaves_the_process_as_the_shell_expects():
+    done = vitrail_command("show", "suprvised")
+    assert done.returncode == 2
+    assert done.stderr.startswith("vitrail: ")
     assert "Traceback" not in done.stderr
