@@ -142,12 +142,16 @@ def _starts(
 
 def _take_steps(kept: Tensor, states: Tensor, h: Tensor) -> None:
     """Turn what enters at each step into the states after it."""
+    if kept.is_meta:  # has no values: each step would be a call for nothing
+        return
     for a, state in zip(kept.unbind(), states.unbind(), strict=True):
         h = state.addcmul_(a, h)
 
 
 def _take_steps_back(kept: Tensor, dstates: Tensor, dlater: Tensor) -> None:
     """Turn gradients by way of outputs alone into those of states, and ``kept`` into those of the states before."""
+    if kept.is_meta:
+        return
     for a, dstate in reversed(list(zip(kept.unbind(), dstates.unbind(), strict=True))):
         dlater = a.mul_(dstate.add_(dlater))
 
@@ -155,7 +159,9 @@ def _take_steps_back(kept: Tensor, dstates: Tensor, dlater: Tensor) -> None:
 def _segments(u: Tensor, A: Tensor, exporting: bool = False) -> Iterator[tuple[slice, int]]:
     """Give the segments of a sequence, each with the number of its chunks."""
     length = u.shape[2]
-    if exporting:
+    if u.is_meta:  # takes no memory
+        steps, chunks = length, 1
+    elif exporting:
         steps = min(length, EXPORTED)
         chunks = math.isqrt(steps)
     else:
