@@ -298,10 +298,11 @@ def test_triton_refuses_what_it_cannot(monkeypatch):
     triton._kernels.cache_clear()
 
 
-def test_triton_has_outputs_of_known_shapes():
-    """Gradients as well: what torch.compile asks, without a GPU."""
+@pytest.mark.parametrize("form", ["triton", "portable"])
+def test_outputs_without_values_have_shapes(form):
+    """Gradients as well: what torch.compile asks, without a GPU, and what counts a net's multiply-adds."""
     given = {name: value.detach().to("meta").requires_grad_() for name, value in inputs(2, 4, 40, 3, 2).items()}
-    y, last = selective_scan(**given, form="triton")
+    y, last = selective_scan(**given, form=form)
     assert (y.shape, last.shape) == ((2, 4, 40), (2, 4, 3))
     (y.sum() + last.sum()).backward()
     assert all(value.grad.shape == value.shape for value in given.values())
