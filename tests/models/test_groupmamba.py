@@ -12,13 +12,12 @@ from vitrail.errors import InputError
 from vitrail.layers.mamba import SS2D
 from vitrail.layers.scan.orders import cross
 from vitrail.models import create_model
+from vitrail.models.conv_stage import ConvMlp, Stage
 from vitrail.models.groupmamba import (
     ClassBlock,
-    ConvMlp,
     GroupMamba,
     GroupScan,
     ModulatedGroupLayer,
-    Stage,
     checkpoint_filter_fn,
 )
 

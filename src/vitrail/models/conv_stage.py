@@ -1,4 +1,4 @@
-"""Parts of nets after PVT v2 and Wave-ViT: a stem of convolutions, stages between norms, convolution in the MLP."""
+"""Parts of nets after PVT v2, as Wave-ViT and GroupMamba: a stem, stages between norms, convolution in the MLP."""
 
 from __future__ import annotations
 

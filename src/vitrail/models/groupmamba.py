@@ -26,7 +26,8 @@ from vitrail.errors import InputError, unknown
 from vitrail.layers.mamba import SS2D, ScanPaths
 from vitrail.layers.scan.orders import cross, inverse, rearrange
 from vitrail.layers.two_heads import TwoHeaded, fitting_heads
-from vitrail.models.staged import StagedNet, cfg, create, nano_cfg, through_blocks
+from vitrail.models.conv_stage import ConvMlp, Stage, conv_stem, init_weights
+from vitrail.models.staged import StagedNet, cfg, create, nano_cfg
 
 GROUPS = 4
 """G: as many as there are directions."""
@@ -100,21 +101,6 @@ class ModulatedGroupLayer(nn.Module):
         return self.proj(self.norm(y))  # the same norm again
 
 
-class ConvMlp(nn.Module):
-    """A feed-forward layer with a depthwise convolution inside."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, H, W, C)."""
-        inside = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(F.gelu(inside))
-
-
 class Block(nn.Module):
     """A layer of scans, then a feed-forward layer, each added to what came in."""
 
@@ -145,23 +131,6 @@ class ClassBlock(nn.Module):
         """Return (B, C)."""
         x = x + self.norm1(self.mixer(x[:, None, None])[:, 0, 0])
         return x + self.mlp(self.norm2(x))
-
-
-class Stage(nn.Module):
-    """A stem or a downsampling, blocks, and a norm, which the last stage leaves to the head."""
-
-    def __init__(self, downsample: nn.Module, dim: int, blocks: Sequence[nn.Module], *, norm: bool) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.embed_norm = nn.LayerNorm(dim)
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, C, H, W)."""
-        x = self.embed_norm(self.downsample(x).permute(0, 2, 3, 1))
-        return self.norm(through_blocks(self, x)).permute(0, 3, 1, 2)
 
 
 # ---- the net ---------------------------------------------------------------------------------------------------------
@@ -237,7 +206,7 @@ class GroupMamba(TwoHeaded, StagedNet):
         self.feature_info = []
         for i, (dim, depth, ratio) in enumerate(zip(dims, depths, mlp_ratios, strict=True)):
             blocks = [Block(dim, mixer(dim), ratio, drop_path=next(rates)) for _ in range(depth)]
-            halving = nn.Conv2d(dims[i - 1], dim, 3, 2, 1) if i else _stem(in_chans, stem_dim, dim, stem_stride)
+            halving = nn.Conv2d(dims[i - 1], dim, 3, 2, 1) if i else conv_stem(in_chans, stem_dim, dim, stem_stride)
             stages.append(Stage(halving, dim, blocks, norm=i < 3))
             self.feature_info.append({"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
@@ -245,7 +214,7 @@ class GroupMamba(TwoHeaded, StagedNet):
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
-        self.apply(_init_weights)
+        self.apply(init_weights)
 
     def no_weight_decay(self) -> set[str]:
         """Return patterns of matrices that are not decayed: they set how fast states forget."""
@@ -269,27 +238,6 @@ class GroupMamba(TwoHeaded, StagedNet):
             return pooled
         pooled = self.norm(self.post(pooled))
         return pooled if pre_logits else self.logits(self.drop(pooled))
-
-
-def _stem(in_chans: int, inside: int, dim: int, stride: int) -> nn.Sequential:
-    """Return four convolutions; the first halves the size, and the last where ``stride`` is 4."""
-    layers: list[nn.Module] = []
-    for before, width, step in ((in_chans, 7, 2), (inside, 3, 1), (inside, 3, 1)):
-        conv = nn.Conv2d(before, inside, width, step, width // 2, bias=False)
-        layers += [conv, nn.BatchNorm2d(inside), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Conv2d(inside, dim, 3, stride // 2, 1))
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 # ---- the authors' weights --------------------------------------------------------------------------------------------
