@@ -5,6 +5,7 @@ A check is a public function of a ``*_contract.py``: it takes a subject and rais
 
     dense, fixed_size        a model with features to take out; one that takes images of one size
     host: NAME               the model that an edit, a method, a compressor or a suite is tried on
+    host_options: a = 1      of that model, for a method: what it has to be built with
     options: a = 1, b = 2    what it is called with, as in a TOML table, to keep the trial small
     budget: bytes = 0.5      of a compressor: bytes, flops and bitops as shares of what the host takes
     not CHECK: reason        this check does not hold, for a reason; it is run all the same, and a pass is a failure
@@ -29,7 +30,7 @@ from vitrail.catalog import Card, cards
 Check = Callable[[Any], None]
 
 WORDS = {"dense", "fixed_size", "pretrained", "baseline"}
-KEYS = {"host", "options", "budget"}
+KEYS = {"host", "host_options", "options", "budget"}
 BUILT = ("works", "partial")
 
 

@@ -57,7 +57,7 @@ def methods() -> Found:
                 trial["traits"] |= {"teacher"}
             if "multilabel" in takes and takes["multilabel"].default is True:
                 trial["traits"] |= {"multilabel"}
-            yield card, Method(_name(path), thing, **trial)
+            yield card, Method(_name(path), thing, host_options=table_of(card, "host_options"), **trial)
 
 
 def compressors() -> Found:
