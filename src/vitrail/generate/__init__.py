@@ -1,0 +1,1 @@
+"""Models that generate images, and how they are trained."""
