@@ -77,12 +77,16 @@ class Experts(nn.Module):
             nn.init.xavier_uniform_(weight)
             nn.init.normal_(bias, std=1e-6)
 
-    def forward(self, x: Tensor, expert: int) -> Tensor:
-        """Return what one expert says of tokens (T, C)."""
-        inside = F.linear(x, self.fc1_weight[expert], self.fc1_bias[expert])
-        inside = self.drop(F.gelu(inside, approximate="tanh"))
-        outside = F.linear(inside, self.fc2_weight[expert], self.fc2_bias[expert])
-        return self.drop(F.gelu(outside, approximate="tanh"))
+    def each(self) -> list[tuple[Tensor, ...]]:
+        """Return weights and biases of every expert: once for a pass, since a slice's gradient is as large as all."""
+        parts = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        return list(zip(*(part.unbind(0) for part in parts), strict=True))
+
+    def forward(self, x: Tensor, expert: tuple[Tensor, ...]) -> Tensor:
+        """Return what one expert, of ``each``, says of tokens (T, C)."""
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = expert
+        inside = self.drop(F.gelu(F.linear(x, fc1_weight, fc1_bias), approximate="tanh"))
+        return self.drop(F.gelu(F.linear(inside, fc2_weight, fc2_bias), approximate="tanh"))
 
 
 class MixtureOfExperts(nn.Module):
@@ -156,12 +160,12 @@ class MixtureOfExperts(nn.Module):
         out = torch.zeros_like(tokens)
         if torch.compiler.is_exporting():
             # How many tokens an expert gets is known only when it runs: all go through all, and most count for nothing.
-            for expert in range(self.count):
-                out = out + self.experts(tokens, expert) * gates[:, expert : expert + 1]
+            for expert, gate in zip(self.experts.each(), gates.split(1, 1), strict=True):
+                out = out + self.experts(tokens, expert) * gate
             return out.view(x.shape), balance_loss(routing.probabilities, routing.chosen)
-        for expert, rows in enumerate(_rows(routing.kept, self.top_k)):
-            weights = gates[:, expert].index_select(0, rows).unsqueeze(1)
-            said = self.experts(tokens.index_select(0, rows), expert) * weights
+        given = _rows(routing.kept, self.top_k)
+        for expert, gate, rows in zip(self.experts.each(), gates.split(1, 1), given, strict=True):
+            said = self.experts(tokens.index_select(0, rows), expert) * gate.index_select(0, rows)
             out = out.index_add(0, rows, said.to(out.dtype))
         return out.view(x.shape), balance_loss(routing.probabilities, routing.chosen)
 
