@@ -13,6 +13,7 @@ from probes import CLASSES, TOLERANCE, gap, gradients, images, labels, step, the
 from timm.layers import GroupNorm1
 from torch import Tensor, nn
 
+from vitrail.data.views import KINDS
 from vitrail.errors import InputError
 from vitrail.methods.method import Method as Base
 from vitrail.models import create_model
@@ -89,8 +90,8 @@ def its_loss_is_a_finite_scalar(subject: Method) -> None:
 
 
 def it_asks_for_views_that_exist(subject: Method) -> None:
-    strange = set(subject.kind.views.values()) - {"train", "weak", "eval"}
-    assert not strange, f"it asks for the views {strange}; there are train, weak and eval"
+    strange = set(subject.kind.views.values()) - set(KINDS)
+    assert not strange, f"it asks for the views {strange}; there are {', '.join(KINDS)}"
 
 
 def every_parameter_gets_a_gradient(subject: Method) -> None:

@@ -194,7 +194,8 @@ def build_views(
             if augment.flip == "auto":
                 raise InputError("augment.flip is still 'auto': resolve the recipe first, or set it to a value")
             # 96 of 224 pixels, as published.
-            small = replace(preprocess, size=tuple(max(1, round(side * 3 / 7)) for side in preprocess.size))
+            height, width = (max(1, round(side * 3 / 7)) for side in preprocess.size)
+            small = replace(preprocess, size=(height, width))
             views[name] = CropView(
                 small if kind == "local" else preprocess,
                 scale=(0.05, 0.4) if kind == "local" else (0.4, 1.0),
@@ -341,7 +342,7 @@ def _color_jitter(pixels: np.ndarray, strength: float, rng: np.random.Generator)
 
 
 def _jitter_colours(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Change brightness and contrast by up to 40 %, saturation by 20 % and hue by a tenth of its circle, in any order."""
+    """Change brightness and contrast by up to 40 %, saturation by 20 % and hue by a tenth of its circle."""
     changes = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for place in rng.permutation(4):
         amount = 2 * rng.random() - 1

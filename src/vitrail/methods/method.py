@@ -21,7 +21,8 @@ class Method(nn.Module):
 
     Attributes:
         views: the view of a training image that each entry of a batch holds: ``"train"`` (the recipe's augmentation),
-            ``"weak"`` (crop or shift and flip only) or ``"eval"`` (as in evaluation).
+            ``"weak"`` (crop or shift and flip only), ``"eval"`` (as in evaluation), or one of DINO's crops,
+            ``"global_1"``, ``"global_2"`` and ``"local"``.
     """
 
     views: ClassVar[Mapping[str, str]] = {"image": "train"}
