@@ -72,6 +72,7 @@ def test_what_was_found_is_a_plain_model_small_and_large():
     assert torch.equal(small.eval()(x), plain.eval()(x))
     large = space.build(genotype, num_classes=3, filters=8, cells=2)
     assert [len(stage.blocks) for stage in large.stages] == [2, 3, 3]
+    assert large.num_features == 2 * small.num_features
     assert large.stages[0].blocks[0].blocks == small.stages[0].blocks[0].blocks
     genotype["normal"]["blocks"].clear()  # the model keeps nothing of the caller's
     assert len(small.stages[0].blocks[0].blocks) == 2
