@@ -239,5 +239,5 @@ def test_the_quick_check_runs(tmp_path):
     verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
     assert [finding.outcome for finding in verdict.findings][-2:] == ["confirmed", "confirmed"]
     costs = {row["arm"]: row["madds"] for row in verdict.tables["cost of the arms"]}
-    assert costs["long, wide"] == pytest.approx(costs["long, deep"], rel=0.05)
-    assert costs["long, wide"] > 2 * costs["long, base"]
+    assert costs["short, wide"] == pytest.approx(costs["short, deep"], rel=0.05)
+    assert costs["short, wide"] > 2 * costs["short, base"]
