@@ -173,8 +173,8 @@ def build_views(
 
     Args:
         names: kind of view by name, as in ``Method.views``: ``"train"`` (all of ``augment``), ``"weak"`` (its geometry
-            and its flip alone), ``"eval"``, or DINO's large crops, ``"global_1"`` and ``"global_2"``, and its small one,
-            ``"local"``, of 3/7 of the side; of ``augment``, the crops have the flip alone.
+            and its flip alone), ``"eval"``, or DINO's large crops, ``"global_1"`` and ``"global_2"``, and its small
+            one, ``"local"``, of 3/7 of the side; of ``augment``, the crops have the flip alone.
         preprocess: size, resize and interpolation.
         augment: the recipe's section, resolved.
         data: the recipe's section, for ``background`` and ``max_pixels``.
