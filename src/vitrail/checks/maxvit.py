@@ -81,8 +81,8 @@ def run(ctx: Context) -> Verdict:
             "by half a window, which costs more multiply-adds because windows at the edges are filled up. Parameters "
             "are equal.",
             "A task made for long reach, at the distance of two cells of the grid: ImageNet accuracy is not shown.",
-            "It was chosen by pilots of the arm with grids alone, with a seed that is not used here: of two other tasks, "
-            "of distant marks, that arm learned nothing in as many steps. No other arm was tried before.",
+            "It was chosen by pilots of the arm with grids alone, with a seed not used here: of two other tasks, of "
+            "distant marks, that arm learned nothing in as many steps. No other arm was tried before.",
         ],
         tables={"cost of the arms": costs, "multiply-adds for a pixel": growth},
     )
