@@ -189,7 +189,7 @@ def test_any_net_is_scaled_and_built():
 def test_halves_of_the_rule():
     assert deepest(10, sum) == stages_of(10) and deepest(1, sum) == stages_of(4)
     assert widest(0.6, lambda width: width) == 0.5 and widest(0, lambda width: 1) == 0.125
-    assert [channels_of(width) for width in (0.01, 0.125, 0.3, 1, 1.5)] == [8, 8, 16, 64, 96]
+    assert [channels_of(width) for width in (0.01, 0.125, 0.35, 1, 1.5)] == [8, 8, 24, 64, 96]
 
 
 @pytest.mark.parametrize(
