@@ -117,6 +117,13 @@ def exceptions(card: Card) -> dict[str, str]:
     return {check: reason for check, _, reason in split}
 
 
+def exempt(card: Card, name: str, check: Check) -> list[pytest.MarkDecorator]:
+    """Return the mark of a test of a check that a card says does not hold, for all or for the part of this name."""
+    declared = exceptions(card)
+    reason = declared.get(check.__name__) or declared.get(f"{name}.{check.__name__}")
+    return [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
+
+
 def provided(card: Card) -> Iterator[tuple[str, Any]]:
     """Yield name and object of the import paths that a card provides; what does not import is left to test_catalog."""
     for path in card.provides:
@@ -148,12 +155,9 @@ def cases(contract: ModuleType, subjects: Iterable[tuple[Card, Any]]) -> list[An
     """Return one test per subject and applicable check, the declared exceptions run strictly."""
     found = []
     for card, subject in subjects:
-        allowed = exceptions(card)
         for check in applicable(contract, subject.traits):
             marks = [pytest.mark.slow] if getattr(check, "slow", False) else []
-            reason = allowed.get(check.__name__) or allowed.get(f"{subject.name}.{check.__name__}")
-            if reason:
-                marks.append(pytest.mark.xfail(reason=reason, strict=True))
+            marks += exempt(card, subject.name, check)
             found.append(pytest.param(check, subject, id=f"{subject.name}-{check.__name__}", marks=marks))
     return found
 

@@ -8,19 +8,13 @@ from pathlib import Path
 import broken
 import pytest
 import torch
-from contract import exceptions
+from contract import exempt
 from method_contract import its_loss_is_a_mean_over_images
 from probes import TOLERANCE, gap, gradients, step, the_same_gradients
 from subjects import methods
 
 CASES = [
-    pytest.param(
-        subject,
-        id=subject.name,
-        marks=[pytest.mark.xfail(reason=exceptions(card)[name], strict=True)]
-        if (name := its_loss_is_a_mean_over_images.__name__) in exceptions(card)
-        else [],
-    )
+    pytest.param(subject, id=subject.name, marks=exempt(card, subject.name, its_loss_is_a_mean_over_images))
     for card, subject in methods()
 ]
 
