@@ -82,7 +82,7 @@ class Experts(nn.Module):
         parts = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
         return list(zip(*(part.unbind(0) for part in parts), strict=True))
 
-    def forward(self, x: Tensor, expert: tuple[Tensor, ...]) -> Tensor:
+    def said(self, x: Tensor, expert: tuple[Tensor, ...]) -> Tensor:
         """Return what one expert, of ``each``, says of tokens (T, C)."""
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = expert
         inside = self.drop(F.gelu(F.linear(x, fc1_weight, fc1_bias), approximate="tanh"))
@@ -161,11 +161,11 @@ class MixtureOfExperts(nn.Module):
         if torch.compiler.is_exporting():
             # How many tokens an expert gets is known only when it runs: all go through all, and most count for nothing.
             for expert, gate in zip(self.experts.each(), gates.split(1, 1), strict=True):
-                out = out + self.experts(tokens, expert) * gate
+                out = out + self.experts.said(tokens, expert) * gate
             return out.view(x.shape), balance_loss(routing.probabilities, routing.chosen)
         given = _rows(routing.kept, self.top_k)
         for expert, gate, rows in zip(self.experts.each(), gates.split(1, 1), given, strict=True):
-            said = self.experts(tokens.index_select(0, rows), expert) * gate.index_select(0, rows)
+            said = self.experts.said(tokens.index_select(0, rows), expert) * gate.index_select(0, rows)
             out = out.index_add(0, rows, said.to(out.dtype))
         return out.view(x.shape), balance_loss(routing.probabilities, routing.chosen)
 
