@@ -47,6 +47,7 @@ def test_arms_are_paired_judged_and_reported(tmp_path):
 
 def test_what_is_done_is_not_done_again_and_seeds_can_be_added(tmp_path, monkeypatch):
     run(tmp_path, ["optim.lr=1e-3"])
+    assert not list(tmp_path.rglob("cache")), "what served training alone stays behind"
     done = []
     original = module.run_job
     monkeypatch.setattr(

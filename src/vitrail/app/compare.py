@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -275,6 +276,8 @@ def run_job(job: Job, events: Callable[[Event], None] = lambda event: None) -> s
         write_json(job.result, {"arm": job.arm, "seed": job.seed, "error": text})
         return text
     write_json(job.result, {"arm": job.arm, "seed": job.seed, "seconds": round(time.monotonic() - started, 2), **found})
+    # Pixels that were kept for its next epoch: of all arms together they would fill a disk.
+    shutil.rmtree(RunFolder(job.folder).cache, ignore_errors=True)
     return ""
 
 
