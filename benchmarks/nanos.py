@@ -1,6 +1,6 @@
 """Every small image classifier of the catalogue, trained for the same time on the same images: accuracy and latency.
 
-    python benchmarks/nanos.py /usr/share/datasets/fashion-mnist /usr/share/openclipart/png --seconds 15
+    python benchmarks/nanos.py Fashion-MNIST=/usr/share/datasets/fashion-mnist "Clip art=/usr/share/openclipart/png"
 
 ``vitrail compare`` trains them, all at 32 pixels from random weights, in ``runs/nanos-...``; the same command goes on
 with what is there. Latency is of one image, eager, on one thread, with all nets taking turns. ``--out docs/nanos`` is
@@ -51,10 +51,11 @@ def arms() -> list[str]:
     return found
 
 
-def trained(path: str, seconds: float) -> dict[str, Any]:
-    """Compare all nanos on the images of ``path``."""
+def trained(images: str, seconds: float) -> dict[str, Any]:
+    """Compare all nanos on ``images``, a title and a path."""
+    title, _, path = images.rpartition("=")
     names = arms()
-    return compare(
+    found = compare(
         path,
         names,
         seeds=1,
@@ -63,6 +64,7 @@ def trained(path: str, seconds: float) -> dict[str, Any]:
         overrides=RECIPE,
         events=lambda event: print(event.get("stage") or event.get("text") or "", flush=True),
     )
+    return {**found, "title": title or Path(path).name}
 
 
 def milliseconds(names: list[str]) -> dict[str, float]:
@@ -81,25 +83,26 @@ def chart(found: list[dict[str, Any]], times: dict[str, float], path: Path) -> N
                 x, y = times[arm["model"]], 100 * arm["mean"]
                 axes.plot(x, y, "o", color="C1" if arm["name"] == BASELINE else "C0", markersize=4)
                 axes.annotate(arm["model"].removesuffix("_nano"), (x, y), (3, 3), textcoords="offset points", size=7)
-        axes.set(xscale="log", xlabel="ms for one image", ylabel="top-1, %", title=Path(comparison["data"]).name)
+        axes.set(xscale="log", xlabel="ms for one image", ylabel="top-1, %", title=comparison["title"])
         axes.grid(alpha=0.3)
     figure.savefig(path)
 
 
-def page(found: list[dict[str, Any]], times: dict[str, float], chart_name: str) -> str:
+def page(found: list[dict[str, Any]], times: dict[str, float], chart_name: str, note: str) -> str:
     """Return the tables."""
     lines = [
         *INTRODUCTION,
+        *([note] if note else []),
         "",
         f"![accuracy over latency]({chart_name})",
     ]
     for comparison in found:
         lines += [
             "",
-            f"## {Path(comparison['data']).name}",
+            f"## {comparison['title']}",
             "",
             f"{comparison['n_train']} images to train on, {comparison['n_eval']} held out, {comparison['n_classes']} "
-            f"classes; {comparison['seconds_per_job']:.0f} s for each net, on {torch.get_num_threads()} threads.",
+            f"classes; {comparison['seconds_per_job']:.0f} s for each net; threads: {torch.get_num_threads()}.",
             "",
             f"| {' | '.join(COLUMNS)} |",
             "| --- " * len(COLUMNS) + "|",
@@ -121,16 +124,17 @@ def page(found: list[dict[str, Any]], times: dict[str, float], chart_name: str) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", help="images, as for vitrail fit")
-    parser.add_argument("--seconds", type=float, default=15.0, help="for each net")
+    parser.add_argument("paths", nargs="+", help="TITLE=PATH of images, as for vitrail fit")
+    parser.add_argument("--seconds", type=float, default=26.0, help="for each net")
     parser.add_argument("--out", type=Path, default=Path("docs/nanos"), help="name of the page and the chart")
+    parser.add_argument("--note", default="", help="a sentence for the page on how it was run")
     given = parser.parse_args()
     found = [trained(path, given.seconds) for path in given.paths]
     nets = {arm["model"] for comparison in found for arm in comparison["arms"] if arm["mean"] is not None}
     times = milliseconds(sorted(nets))
     drawn = given.out.with_suffix(".svg")
     chart(found, times, drawn)
-    given.out.with_suffix(".md").write_text(page(found, times, drawn.name), encoding="utf-8")
+    given.out.with_suffix(".md").write_text(page(found, times, drawn.name, given.note), encoding="utf-8")
 
 
 if __name__ == "__main__":
