@@ -1,6 +1,8 @@
-"""Inputs and weights in double precision, for comparing a module with a slow loop."""
+"""Inputs and weights in double precision, for comparing a module with a slow loop, and the comparison."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,3 +21,21 @@ def moved(module: nn.Module) -> nn.Module:
         for value in [*module.parameters(), *(v for k, v in module.named_buffers() if "running_mean" in k)]:
             value += 0.3 * torch.randn(value.shape, dtype=torch.float64, generator=generator)
     return module
+
+
+def same(ours: Tensor, theirs: Tensor, given: Sequence[Tensor], tolerance: float = 1e-9) -> None:
+    """Compare values, and the gradients of an uneven sum of them in all that is given.
+
+    Args:
+        ours, theirs: what the module and the slow loop gave.
+        given: what both were made from.
+        tolerance: of values, relative and absolute, and of gradients; these may be ten times as far off, relatively.
+    """
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    weight = normal(*ours.shape, seed=9)
+    for got, wanted in zip(
+        torch.autograd.grad((ours * weight).sum(), given),
+        torch.autograd.grad((theirs * weight).sum(), given),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted, rtol=10 * tolerance, atol=tolerance)

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from exact import moved, normal
+from exact import moved, normal, same
 from vitrail.edits.gramian_heads import ClassAttention, GramianHead, GramianHeads, GroupedMlp, gramian, gramian_heads
 from vitrail.errors import InputError
 from vitrail.models import create_model
@@ -63,17 +63,6 @@ def slow_mlp(mlp, x):
     mixed = torch.stack([hidden[(i % each) * groups + i // each] for i in range(len(hidden))])
     parts = zip(mlp.fc2.weight[..., 0].chunk(groups), mixed.chunk(groups))
     return torch.cat([weight @ part for weight, part in parts]) + mlp.fc2.bias
-
-
-def same(ours, theirs, given):
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    weight = normal(*ours.shape, seed=9)
-    for got, wanted in zip(
-        torch.autograd.grad((ours * weight).sum(), given, allow_unused=True),
-        torch.autograd.grad((theirs * weight).sum(), given, allow_unused=True),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 5), (1, 3, 1), (4, 1, 2)])

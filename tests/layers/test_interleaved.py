@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from exact import moved, normal
+from exact import moved, normal, same
 from vitrail.errors import InputError
 from vitrail.layers.interleaved import InterleavedAttention, from_interleaved, sides, to_interleaved
 
@@ -54,17 +54,6 @@ def slow(module, x, window, front=()):
                 total = total + module.conv.weight[:, 0, r - row + 1, c - column + 1] * x[(*frame, r, c)]
         out[place] = out[place] + total
     return torch.stack([attended(query, every) for query, _, _ in ahead]) if len(front) else None, out
-
-
-def same(ours, theirs, given):
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    weight = normal(*ours.shape, seed=9)
-    for got, wanted in zip(
-        torch.autograd.grad((ours * weight).sum(), given),
-        torch.autograd.grad((theirs * weight).sum(), given),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize(

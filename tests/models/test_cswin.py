@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock
 
-from exact import moved, normal
+from exact import moved, normal, same
 from vitrail.app.build import count_parameters
 from vitrail.checks.cswin import NET, reach_of_blocks, shifted_windows
 from vitrail.errors import InputError
@@ -77,18 +77,6 @@ def slow_branch(branch, qkv):
             place = (slice(row, row + tall), slice(column, column + wide))
             out[place] = slow_stripe(branch, full[place])
     return out[top : top + height, left : left + width]
-
-
-def same(ours, theirs, given):
-    """Compare values and gradients."""
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    weight = normal(*ours.shape, seed=9)
-    for got, wanted in zip(
-        torch.autograd.grad((ours * weight).sum(), given),
-        torch.autograd.grad((theirs * weight).sum(), given),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize(

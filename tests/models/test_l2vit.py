@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from exact import moved, normal
+from exact import moved, normal, same
 from vitrail.app.build import count_parameters
 from vitrail.checks.l2vit import (
     ARMS,
@@ -107,18 +107,6 @@ def slow_depthwise(conv, image):
                     total = total + conv.weight[:, 0, r - row + reach, c - column + reach] * image[r, c]
             out.append(total)
     return torch.stack(out).reshape(image.shape)
-
-
-def same(ours, theirs, given):
-    """Compare values and gradients."""
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    weight = normal(*ours.shape, seed=9)
-    for got, wanted in zip(
-        torch.autograd.grad((ours * weight).sum(), given),
-        torch.autograd.grad((theirs * weight).sum(), given),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("floor", [1e-6, 2.0, 100.0])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import group_parameters
 
-from exact import moved, normal
+from exact import moved, normal, same
 from vitrail.app.build import count_flops, count_parameters
 from vitrail.checks.svt import NET, convolutions, layer_madds, reconstruction
 from vitrail.errors import InputError
@@ -39,18 +39,6 @@ TINY = {
 def tiny(**options):
     torch.manual_seed(0)
     return SVT(**{**TINY, **options})
-
-
-def same(ours, theirs, given):
-    """Compare values and gradients."""
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    weight = normal(*ours.shape, seed=9)
-    for got, wanted in zip(
-        torch.autograd.grad((ours * weight).sum(), given),
-        torch.autograd.grad((theirs * weight).sum(), given),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
 
 
 # ---- mixing of bands, by slow loops
