@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.layers.pool2d_same import AvgPool2dSame
+from timm.models import get_pretrained_cfg
 from timm.models.nasnet import NASNetALarge
 from torch import nn
 
@@ -323,9 +324,11 @@ def test_paths_are_dropped_more_often_in_deeper_cells_and_identities_never():
     assert not any(isinstance(module, DropPath) for module in tiny().modules())
     operation = Operation("conv_1x1", 2, 2, 1, 1e-3, 0.5)
     torch.manual_seed(0)
-    out = operation.train()(torch.randn(64, 2, 1, 1))
+    x = torch.randn(64, 2, 1, 1)
+    out = operation.train()(x)
     gone = (out.flatten(1) == 0).all(1)
     assert 0.2 < gone.float().mean() < 0.8
+    torch.testing.assert_close(out[~gone], 2 * operation.body(x)[~gone])  # made up for, as published
 
 
 def test_weights_begin_as_published():
@@ -351,6 +354,11 @@ def test_variants_are_as_published():
     assert [len(stage.blocks) for stage in mobile.stages] == [1, 5, 5, 5]
     assert {module.eps for module in mobile.modules() if isinstance(module, nn.BatchNorm2d)} == {1e-3}
     assert [info["reduction"] for info in mobile.feature_info] == [4, 8, 16, 32]
+    assert [info["reduction"] for info in cifar.feature_info] == [1, 2, 4]
+    large = create_model("nasnet_large", num_classes=3, filters=8, cells=1).pretrained_cfg
+    theirs = get_pretrained_cfg("nasnetalarge")
+    for key in ("input_size", "pool_size", "crop_pct", "mean", "std"):
+        assert large[key] == getattr(theirs, key), key
 
 
 def authors_name(key, model):

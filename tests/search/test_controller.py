@@ -94,22 +94,27 @@ def test_the_loss_is_that_of_proximal_policy_optimisation(clip):
     torch.testing.assert_close(*(torch.autograd.grad(each, now, retain_graph=True)[0] for each in (ours, slow)))
 
 
-def test_a_step_of_learning_is_by_hand():
-    strategy = ControllerSearch(FEW, lr=0.01, steps=1, entropy_weight=0.5, hidden=4, baseline_decay=0.9)
-    twin = ControllerSearch(FEW, lr=0.01, hidden=4).controller
+@pytest.mark.parametrize(("steps", "clip"), [(1, 0.2), (3, 0.05)])
+def test_learning_is_by_hand(steps, clip):
+    own = {"lr": 0.03, "hidden": 4}
+    strategy = ControllerSearch(FEW, steps=steps, clip=clip, entropy_weight=0.5, baseline_decay=0.9, **own)
+    twin = ControllerSearch(FEW, **own).controller
     baseline = None
-    optimizer = torch.optim.Adam(twin.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(twin.parameters(), lr=0.03)
     for rewards in ([0.2, 0.8, 0.5], [0.9, 0.1, 0.3]):
         asked = strategy.ask(3)
         codes = torch.tensor([FEW.encode(each) for each in asked])
         baseline = sum(rewards) / 3 if baseline is None else baseline
-        log_probs, entropies = twin(codes)
-        gain = torch.tensor(rewards) - baseline
-        ratio = (log_probs - log_probs.detach()).exp()
-        loss = -(ratio * gain[:, None]).sum(1).mean() - 0.5 * entropies.sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        gain = (torch.tensor(rewards) - baseline)[:, None]
+        before = twin(codes)[0].detach()  # of the draw, for all steps
+        for _ in range(steps):
+            log_probs, entropies = twin(codes)
+            ratio = (log_probs - before).exp()
+            held = ratio.clamp(1 - clip, 1 + clip) * gain
+            loss = -torch.minimum(ratio * gain, held).sum(1).mean() - 0.5 * entropies.sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
         strategy.tell([Trial(each, reward) for each, reward in zip(asked, rewards)])
         for reward in rewards:
             baseline = 0.9 * baseline + 0.1 * reward
