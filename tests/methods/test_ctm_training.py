@@ -70,6 +70,7 @@ def test_a_route_is_learnt_only_where_it_is_asked_for():
     torch.manual_seed(0)
     model = CTM(num_classes=20, depths=(1,), bottleneck=False, width=8, positions=4, **SMALL).eval()
     batch = next(maze_batches(5, 4, 3))
+    assert CTMTraining(model).lookahead == 5
     method = CTMTraining(model, objective="route", lookahead=2)
     logits = model.forward_ticks(batch["image"])
     losses = tick_losses(logits.unflatten(-1, (4, 5)), batch["target"])

@@ -298,11 +298,16 @@ def test_keys_and_values_are_computed_once():
     assert len(calls) == 1
 
 
-def test_dropout_of_neurons_is_their_own():
+def test_dropout_is_where_it_is_published():
     model = tiny(drop_rate=0.3, nlm_drop_rate=0.0, synapse_depth=2)
     assert [layer.drop.p for layer in model.neurons.layers] == [0, 0]
     assert model.attention.drop == model.synapses.down[0][0].p == 0.3
     assert [layer.drop.p for layer in tiny(drop_rate=0.3).neurons.layers] == [0.3, 0.3]
+    # As published, what synapses are told is whole, unless they are one layer.
+    assert (model.synapses.first[0].p, tiny(drop_rate=0.3).synapses[0].p) == (0, 0.3)
+    attention, seen = model.attention, (torch.randn(2, 8), *torch.randn(2, 2, 2, 5, 4))
+    assert torch.equal(attention.eval()(*seen), attention(*seen))
+    assert not torch.equal(attention.train()(*seen), attention(*seen))
 
 
 def test_weights_begin_as_published():
@@ -352,6 +357,29 @@ def test_variants_are_as_published():
         assert count_parameters(model) == count
     with torch.device("meta"):
         assert count_parameters(SortingCTM()) == 897_197
+
+
+def test_variants_pair_and_attend_as_published():
+    narrow = {"depths": (1,), "bottleneck": False, "width": 4, "dim": 200, "input_dim": 16, "synapse_depth": 1}
+    narrow |= {"memory_dim": 1, "num_classes": 100}
+    heads = {"imagenet": 16, "imagenet_75": 16, "cifar10": 16, "maze_large": 16, "maze_medium": 8, "maze_small": 4}
+    models = {name: create_model(f"ctm_{name}", **narrow) for name in heads}
+    assert {name: model.attention.num_heads for name, model in models.items()} == heads
+    for name, (outs, actions, same) in {
+        "imagenet": (8196, 2048, 32),
+        "imagenet_75": (11_325, 11_325, 0),
+        "cifar10": (256, 512, 0),
+        "maze_small": (128, 128, 0),
+    }.items():
+        out, action = models[name].out.pairs, models[name].action.pairs
+        assert (out.shape[1], action.shape[1]) == (outs, actions)
+        for pairs in (out, action):
+            own = pairs[0] == pairs[1]
+            assert own[:same].all()
+            assert own[same:].float().mean() < 0.05
+    for name in ("maze_large", "maze_medium"):
+        assert torch.equal(models[name].out.pairs, torch.triu_indices(64, 64))
+        assert torch.equal(models[name].action.pairs, torch.triu_indices(32, 32) + 168)
 
 
 # ---- the authors' weights
