@@ -22,7 +22,8 @@ import torch
 from scipy import stats
 from torch import nn
 
-from vitrail.app.build import count_flops, count_parameters
+from vitrail.app.artefact import Artefact, save
+from vitrail.app.build import count_flops, count_parameters, model_options
 from vitrail.app.learn import Learned, learn
 from vitrail.data.audit import audit
 from vitrail.data.batches import Batches, batches_of
@@ -236,6 +237,28 @@ class Context:
         )
         return Arm(learned, logits, targets)
 
+    def teacher(self, index: Index, settings: Mapping[str, Any]) -> tuple[Arm, str]:
+        """Train a teacher and save it as a finished run; return it and the folder.
+
+        Args:
+            index: the data.
+            settings: as of ``train``.
+        """
+        arm = self.train(index, "teacher", 0, settings)
+        config = self.recipe(index, settings).model
+        artefact = Artefact(
+            model=config.name,
+            options=model_options(config, len(index.classes)),
+            edits=[],
+            classes=list(index.classes),
+            multilabel=index.multilabel,
+            preprocess=arm.preprocess,
+        )
+        folder = RunFolder(self.folder / "teacher")
+        folder.create()
+        save(folder, arm.model, artefact)
+        return arm, str(folder.path)
+
     def recipe(self, index: Index, settings: Mapping[str, Any], seed: int = 0) -> Recipe:
         """Return ``BASE`` with ``settings``, a size that fits the images, and the seed."""
         side = SIDES.get(index.source.kind, SIDE)
@@ -283,3 +306,31 @@ def arm_cost(name: str, arm: Arm) -> dict[str, Any]:
 def beyond_rounding(found: float, published: float, digit: float) -> float:
     """Return how far a figure is from one that was rounded to multiples of ``digit``, as a share of it."""
     return max(0.0, abs(found - published) - digit / 2) / published
+
+
+def size_of(model: nn.Module, side: int = 224) -> tuple[float, float]:
+    """Return the millions of parameters of a net and its billions of multiply-adds for an image of ``side`` pixels."""
+    return count_parameters(model) / 1e6, count_flops(model, (side, side)) / 1e9
+
+
+def size_row(
+    net: str, found: tuple[float, float], published: tuple[float, float | None], digits: tuple[float, float]
+) -> dict[str, Any]:
+    """Return what a published net was counted to take, and how far that is from what its authors say.
+
+    Args:
+        net: its name.
+        found: millions of parameters and billions of multiply-adds, as ``size_of`` gives them.
+        published: both; None where no multiply-adds are.
+        digits: the multiples to which each was rounded.
+    """
+    (params, madds), (said_params, said_madds) = found, published
+    return {
+        "net": net,
+        "params_m": params,
+        "published_params_m": said_params,
+        "params_off": beyond_rounding(params, said_params, digits[0]),
+        "madds_g": madds,
+        "published_madds_g": said_madds,
+        "madds_off": None if said_madds is None else beyond_rounding(madds, said_madds, digits[1]),
+    }

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vitrail.app.build import count_flops, count_parameters
-from vitrail.checks.check import Arm, Context, Verdict, arm_cost, beyond_rounding, bounded, paired
+from vitrail.app.build import count_flops
+from vitrail.checks.check import Arm, Context, Verdict, arm_cost, bounded, paired, size_of, size_row
 from vitrail.data.index import Index
 from vitrail.models import create_model
 from vitrail.training.recipe import Recipe
@@ -161,16 +161,5 @@ def published_sizes(most: int) -> list[dict[str, Any]]:
     for name, (params, madds) in list(PUBLISHED.items())[:most]:
         with torch.device("meta"):
             model = create_model(name, num_classes=1000)
-        found, taken = count_parameters(model) / 1e6, count_flops(model, (224, 224)) / 1e9
-        rows.append(
-            {
-                "net": name,
-                "params_m": found,
-                "published_params_m": params,
-                "params_off": beyond_rounding(found, params, 0.1),
-                "madds_g": taken,
-                "published_madds_g": madds,
-                "madds_off": beyond_rounding(taken, madds, 0.1),
-            }
-        )
+        rows.append(size_row(name, size_of(model), (params, madds), (0.1, 0.1)))
     return rows

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.app.build import count_flops, count_parameters
-from vitrail.checks.check import Arm, Context, Verdict, arm_cost, beyond_rounding, bounded, paired
+from vitrail.checks.check import Arm, Context, Verdict, arm_cost, bounded, paired, size_row
 from vitrail.data.batches import Batches
 from vitrail.data.index import Index
 from vitrail.edits.surgery import Edit
@@ -309,18 +309,8 @@ def published_sizes(names: list[str]) -> list[dict[str, Any]]:
             else:
                 model = create_model(name, num_classes=1000)
                 madds = count_flops(model, (side, side))
-        found = {"params": count_parameters(model) / 1e6, "madds": madds / 1e9}
-        rows.append(
-            {
-                "net": name,
-                "params_m": found["params"],
-                "published_params_m": params,
-                "params_off": beyond_rounding(found["params"], params, 0.1),
-                "madds_g": found["madds"],
-                "published_madds_g": flops,
-                "madds_off": beyond_rounding(found["madds"], flops, digit),
-            }
-        )
+        found = count_parameters(model) / 1e6, madds / 1e9
+        rows.append(size_row(name, found, (params, flops), (0.1, digit)))
     return rows
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.app.build import count_parameters
-from vitrail.checks.check import Arm, Context, Verdict, arm_cost, beyond_rounding, bounded, paired
+from vitrail.checks.check import Arm, Context, Verdict, arm_cost, bounded, paired, size_of, size_row
 from vitrail.models import create_model
 from vitrail.models.l2vit import ATTENTIONS, GlobalAttention, GlobalBlock
 
@@ -207,18 +206,5 @@ def published_sizes(names: list[str]) -> list[dict[str, Any]]:
         params, flops, side = PUBLISHED[name]
         with torch.device("meta"):
             model = create_model(name, num_classes=1000)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                model.eval()(torch.zeros(1, 3, side, side))
-        millions, madds = count_parameters(model) / 1e6, counter.get_total_flops() / 2e9
-        rows.append(
-            {
-                "net": name,
-                "params_m": millions,
-                "published_params_m": params,
-                "params_off": beyond_rounding(millions, params, 1),
-                "madds_g": madds,
-                "published_madds_g": flops,
-                "madds_off": beyond_rounding(madds, flops, 0.1),
-            }
-        )
+        rows.append(size_row(name, size_of(model, side), (params, flops), (1, 0.1)))
     return rows

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from vitrail.app.build import count_flops, count_parameters
-from vitrail.checks.check import Arm, Context, Verdict, arm_cost, beyond_rounding, bounded, paired
+from vitrail.checks.check import Arm, Context, Verdict, arm_cost, bounded, paired, size_of, size_row
 from vitrail.data.index import Index
 from vitrail.models import create_model
 from vitrail.models.nasnet import NASNET_A
@@ -171,16 +170,5 @@ def published_sizes(names: list[str]) -> list[dict[str, Any]]:
         params, madds, params_digit, madds_digit, side = PUBLISHED[name]
         with torch.device("meta"):
             model = create_model(name, num_classes=1000)
-        found = {"params": count_parameters(model) / 1e6, "madds": count_flops(model, (side, side)) / 1e9}
-        rows.append(
-            {
-                "net": name,
-                "params_m": found["params"],
-                "published_params_m": params,
-                "params_off": beyond_rounding(found["params"], params, params_digit),
-                "madds_g": found["madds"],
-                "published_madds_g": madds,
-                "madds_off": beyond_rounding(found["madds"], madds, madds_digit),
-            }
-        )
+        rows.append(size_row(name, size_of(model, side), (params, madds), (params_digit, madds_digit)))
     return rows

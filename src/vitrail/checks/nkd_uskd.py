@@ -13,14 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.app.artefact import Artefact, save
-from vitrail.app.build import count_parameters, model_options
+from vitrail.app.build import count_parameters
 from vitrail.checks.check import Arm, Context, Finding, Verdict, paired
-from vitrail.data.index import Index
 from vitrail.errors import InputError
 from vitrail.methods.distill.nkd_uskd import NKD
 from vitrail.methods.method import Batch
-from vitrail.runs import RunFolder
 
 STUDENT = {"model.options": {"channels": (8, 16, 32, 64), "stem_stride": 2}}
 TEACHER = {"model.options": {"channels": (24, 48, 96, 192), "stem_stride": 2}}
@@ -90,7 +87,7 @@ def run(ctx: Context) -> Verdict:
     """Train a teacher, then every arm on every seed."""
     index = ctx.index("digits" if ctx.quick else "fashion")
     epochs = 0.3 if ctx.quick else EPOCHS
-    teacher, path = _teacher(ctx, index, epochs if ctx.quick else 4 * epochs)
+    teacher, path = ctx.teacher(index, {**TEACHER, "train.epochs": epochs if ctx.quick else 4 * epochs})
     rival = "vitrail.checks.nkd_uskd:Rival"
     methods: dict[str, tuple[str, dict[str, Any]]] = {
         "plain": ("supervised", {"smoothing": 0.0}),
@@ -132,22 +129,3 @@ def run(ctx: Context) -> Verdict:
         for name, trained in arms.items()
     ]
     return Verdict(findings, notes, {"accuracy and time of training": costs})
-
-
-def _teacher(ctx: Context, index: Index, epochs: float) -> tuple[Arm, str]:
-    """Train the teacher and save it as a finished run; return it and the folder."""
-    settings = {**TEACHER, "train.epochs": epochs}
-    teacher = ctx.train(index, "teacher", 0, settings)
-    config = ctx.recipe(index, settings).model
-    artefact = Artefact(
-        model=config.name,
-        options=model_options(config, len(index.classes)),
-        edits=[],
-        classes=list(index.classes),
-        multilabel=index.multilabel,
-        preprocess=teacher.preprocess,
-    )
-    folder = RunFolder(ctx.folder / "teacher")
-    folder.create()
-    save(folder, teacher.model, artefact)
-    return teacher, str(folder.path)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vitrail.app.build import count_flops, count_parameters
-from vitrail.checks.check import Arm, Context, Verdict, arm_cost, beyond_rounding, bounded, paired
+from vitrail.checks.check import Arm, Context, Verdict, arm_cost, bounded, paired, size_row
 from vitrail.data.index import Index
 from vitrail.models import create_model
 from vitrail.models.resnet_rs import FAMILY, deepest, multiply_adds, scaled, widest
@@ -153,16 +153,6 @@ def published_sizes(most: int) -> list[dict[str, Any]]:
         found = count_parameters(model) / 1e6
         # The count of the deepest nets takes many seconds, and the formula is held to it in the tests.
         taken = (count_flops(model, (side, side)) if depth <= 101 else multiply_adds(FAMILY[depth], 1.0, side)) / 1e9
-        rows.append(
-            {
-                "net": f"resnetrs{depth}, {side} px",
-                "params_m": found,
-                "published_params_m": params,
-                "params_off": beyond_rounding(found, params, 1),
-                "madds_g": taken,
-                "published_madds_g": madds,
-                # Whole billions of multiplications and additions, but for the first.
-                "madds_off": None if madds is None else beyond_rounding(taken, madds, 0.05 if madds < 5 else 0.5),
-            }
-        )
+        digits = 1, 0.05 if madds is None or madds < 5 else 0.5  # whole billions of both operations, but for the first
+        rows.append(size_row(f"resnetrs{depth}, {side} px", (found, taken), (params, madds), digits))
     return rows

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitrail.app.build import count_flops, count_parameters
-from vitrail.checks.check import Arm, Context, Verdict, arm_cost, beyond_rounding, bounded, paired
+from vitrail.checks.check import Arm, Context, Verdict, arm_cost, bounded, paired, size_of, size_row
 from vitrail.models import create_model
 from vitrail.models.resnext import block_cost, preserved_width
 
@@ -116,16 +115,5 @@ def published_sizes(most: int) -> list[dict[str, Any]]:
     for (name, paths, width), (classes, side, params, madds) in itertools.islice(PUBLISHED.items(), most):
         with torch.device("meta"):
             model = create_model(name, num_classes=classes, cardinality=paths, base_width=width)
-        found, taken = count_parameters(model) / 1e6, count_flops(model, (side, side)) / 1e9
-        rows.append(
-            {
-                "net": f"{name}, {paths} x {width}d",
-                "params_m": found,
-                "published_params_m": params,
-                "params_off": beyond_rounding(found, params, 0.1),
-                "madds_g": taken,
-                "published_madds_g": madds,
-                "madds_off": None if madds is None else beyond_rounding(taken, madds, 0.1),
-            }
-        )
+        rows.append(size_row(f"{name}, {paths} x {width}d", size_of(model, side), (params, madds), (0.1, 0.1)))
     return rows

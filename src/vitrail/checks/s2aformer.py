@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.app.build import count_flops, count_parameters
-from vitrail.checks.check import Arm, Context, Verdict, arm_cost, beyond_rounding, bounded, paired
+from vitrail.checks.check import Arm, Context, Verdict, arm_cost, bounded, paired, size_of, size_row
 from vitrail.evaluate.turns import in_turns
 from vitrail.models import create_model
 from vitrail.models.s2aformer import StripSelfAttention
@@ -139,16 +138,5 @@ def published_sizes(names: list[str]) -> list[dict[str, Any]]:
         params, madds = PUBLISHED[name]
         with torch.device("meta"):
             model = create_model(name, num_classes=1000)
-        found, counted = count_parameters(model) / 1e6, count_flops(model, (224, 224)) / 1e9
-        rows.append(
-            {
-                "net": name,
-                "params_m": found,
-                "published_params_m": params,
-                "params_off": beyond_rounding(found, params, 0.01),
-                "madds_g": counted,
-                "published_madds_g": madds,
-                "madds_off": beyond_rounding(counted, madds, 0.01),
-            }
-        )
+        rows.append(size_row(name, size_of(model), (params, madds), (0.01, 0.01)))
     return rows

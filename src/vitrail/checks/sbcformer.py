@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vitrail.app.build import count_flops, count_parameters
-from vitrail.checks.check import Arm, Context, Verdict, arm_cost, beyond_rounding, bounded, paired
+from vitrail.checks.check import Arm, Context, Verdict, arm_cost, bounded, paired, size_of, size_row
 from vitrail.models import create_model
 
 TIMED = ("sbcformer_b", "edgenext_small", "mobilevit_s", "mobilenetv3_large_150d")
@@ -157,16 +157,5 @@ def published_sizes(names: list[str]) -> list[dict[str, Any]]:
         params, flops = PUBLISHED[name]
         with torch.device("meta"):
             model = create_model(name, num_classes=1000)
-        found, madds = count_parameters(model) / 1e6, count_flops(model, (224, 224)) / 1e9
-        rows.append(
-            {
-                "net": name,
-                "params_m": found,
-                "published_params_m": params,
-                "params_off": beyond_rounding(found, params, 0.1),
-                "madds_g": madds,
-                "published_madds_g": flops,
-                "madds_off": beyond_rounding(madds, flops, 0.1),
-            }
-        )
+        rows.append(size_row(name, size_of(model), (params, flops), (0.1, 0.1)))
     return rows

@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.app.build import count_parameters
-from vitrail.checks.check import Arm, Context, Verdict, arm_cost, beyond_rounding, bounded, paired
+from vitrail.checks.check import Arm, Context, Verdict, arm_cost, bounded, paired, size_of, size_row
 from vitrail.edits.surgery import Edit
 from vitrail.errors import InputError
 from vitrail.models import create_model
@@ -121,18 +119,5 @@ def published_sizes(names: list[str]) -> list[dict[str, Any]]:
         params, flops = PUBLISHED[name]
         with torch.device("meta"):
             model = create_model(name, num_classes=1000)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                model.eval()(torch.zeros(1, 3, 224, 224))
-        found, madds = count_parameters(model) / 1e6, counter.get_total_flops() / 2e9
-        rows.append(
-            {
-                "net": name,
-                "params_m": found,
-                "published_params_m": params,
-                "params_off": beyond_rounding(found, params, 0.01),
-                "madds_g": madds,
-                "published_madds_g": flops,
-                "madds_off": beyond_rounding(madds, flops, 0.01),
-            }
-        )
+        rows.append(size_row(name, size_of(model), (params, flops), (0.01, 0.01)))
     return rows

@@ -6,10 +6,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.app.build import count_parameters
-from vitrail.checks.check import Arm, Context, Verdict, arm_cost, beyond_rounding, bounded, paired
+from vitrail.checks.check import Arm, Context, Verdict, arm_cost, bounded, paired, size_of, size_row
 from vitrail.edits.surgery import Edit
 from vitrail.errors import InputError
 from vitrail.layers.dtcwt import DualTree
@@ -142,27 +140,12 @@ def published_sizes(names: list[str], *, layers: bool) -> list[dict[str, Any]]:
     rows = []
     for name in names:
         params, flops = PUBLISHED[name]
-        found: dict[str, float] = {}
         with torch.device("meta"):
-            model = create_model(name, num_classes=1000).eval()
-            found["params"] = count_parameters(model) / 1e6
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                model(torch.zeros(1, 3, 224, 224))
-            found["madds"] = counter.get_total_flops() / 2e9
-            if layers:
-                found["layers"] = layer_madds(create_model(name, num_classes=1000, scatter_stages=2).eval()) / 1e9
-        rows.append(
-            {
-                "net": name,
-                "params_m": found["params"],
-                "published_params_m": params,
-                "params_off": beyond_rounding(found["params"], params, 0.1),
-                "madds_g": found["madds"],
-                "published_madds_g": flops,
-                "madds_off": beyond_rounding(found["madds"], flops, 0.1),
-                "layers_alone_two_stages_g": found.get("layers"),
-            }
-        )
+            model = create_model(name, num_classes=1000)
+            net = create_model(name, num_classes=1000, scatter_stages=2).eval() if layers else None
+            alone = None if net is None else layer_madds(net) / 1e9
+        row = size_row(name, size_of(model), (params, flops), (0.1, 0.1))
+        rows.append({**row, "layers_alone_two_stages_g": alone})
     return rows
 
 

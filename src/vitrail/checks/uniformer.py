@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.app.build import count_flops, count_parameters
-from vitrail.checks.check import Arm, Context, Verdict, arm_cost, beyond_rounding, bounded, paired
+from vitrail.checks.check import Arm, Context, Verdict, arm_cost, bounded, paired, size_row
 from vitrail.data.sources.digits import DigitsSource
 from vitrail.models import create_model
 from vitrail.models.uniformer import uniformer_video_base, uniformer_video_nano, uniformer_video_small
@@ -214,15 +214,6 @@ def published_sizes(names: list[str]) -> list[dict[str, Any]]:
             else:
                 model = create_model(name, num_classes=1000)
                 madds = count_flops(model, (size[0], size[0])) / 1e9
-        rows.append(
-            {
-                "net": name,
-                "params_m": count_parameters(model) / 1e6,
-                "published_params_m": params,
-                "params_off": beyond_rounding(count_parameters(model) / 1e6, params, 0.1 if params % 1 else 1.0),
-                "madds_g": madds,
-                "published_madds_g": flops,
-                "madds_off": beyond_rounding(madds, flops, digit),
-            }
-        )
+        found = count_parameters(model) / 1e6, madds
+        rows.append(size_row(name, found, (params, flops), (0.1 if params % 1 else 1.0, digit)))
     return rows

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from vitrail.app.build import count_flops, count_parameters
-from vitrail.checks.check import Context, Verdict, arm_cost, beyond_rounding, bounded, paired
+from vitrail.checks.check import Context, Verdict, arm_cost, bounded, paired, size_of, size_row
 from vitrail.models import create_model
 
 NET: dict[str, Any] = {"stem_stride": 1, "img_size": 28}
@@ -80,14 +79,4 @@ def published_size(name: str) -> dict[str, Any]:
     """Count parameters and multiply-adds of a published net, which has two classifiers."""
     with torch.device("meta"):
         net = create_model(name, num_classes=1000, distilled=True)
-    params, madds = count_parameters(net) / 1e6, count_flops(net, (224, 224)) / 1e9
-    published_params, published_madds = PUBLISHED[name]
-    return {
-        "net": name,
-        "params_m": params,
-        "published_params_m": published_params,
-        "params_off": beyond_rounding(params, published_params, 0.1),
-        "madds_g": madds,
-        "published_madds_g": published_madds,
-        "madds_off": beyond_rounding(madds, published_madds, 0.1),
-    }
+    return size_row(name, size_of(net), PUBLISHED[name], (0.1, 0.1))

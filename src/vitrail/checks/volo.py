@@ -12,12 +12,8 @@ from typing import Any
 from timm.models.volo import OutlookAttention
 from torch import Tensor, nn
 
-from vitrail.app.artefact import Artefact, save
-from vitrail.app.build import model_options
-from vitrail.checks.check import Arm, Context, Finding, Verdict, arm_cost, paired
-from vitrail.data.index import Index
+from vitrail.checks.check import Context, Finding, Verdict, arm_cost, paired
 from vitrail.edits.surgery import Edit, replace_modules
-from vitrail.runs import RunFolder
 
 NET: dict[str, Any] = {
     "layers": (2, 1, 1, 1),
@@ -57,7 +53,7 @@ def run(ctx: Context) -> Verdict:
     """Train a teacher, then every arm on every seed."""
     index = ctx.index("digits" if ctx.quick else "fashion")
     epochs, before = (n / len(index.rows("train")) for n in ((64, 128) if ctx.quick else (PASSES, TEACHER_PASSES)))
-    teacher, path = _teacher(ctx, index, before)
+    teacher, path = ctx.teacher(index, {**TEACHER, "train.epochs": before})
     # Without places' labels, the head for places, which answers in evaluation too, has nothing to learn from.
     alone = {**NET, "use_aux_head": False}
     convolved = [{"name": "vitrail.checks.volo:windowed_convolution"}]
@@ -112,22 +108,3 @@ def run(ctx: Context) -> Verdict:
     ]
     costs = [arm_cost(name, arms[name][0]) for name in ("outlook", "convolution")]
     return Verdict(findings, notes, {"costs": costs})
-
-
-def _teacher(ctx: Context, index: Index, epochs: float) -> tuple[Arm, str]:
-    """Train the teacher and save it as a finished run; return it and the folder."""
-    settings = {**TEACHER, "train.epochs": epochs}
-    teacher = ctx.train(index, "teacher", 0, settings)
-    config = ctx.recipe(index, settings).model
-    artefact = Artefact(
-        model=config.name,
-        options=model_options(config, len(index.classes)),
-        edits=[],
-        classes=list(index.classes),
-        multilabel=index.multilabel,
-        preprocess=teacher.preprocess,
-    )
-    folder = RunFolder(ctx.folder / "teacher")
-    folder.create()
-    save(folder, teacher.model, artefact)
-    return teacher, str(folder.path)
