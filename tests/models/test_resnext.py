@@ -144,6 +144,7 @@ def test_features_are_those_of_the_stages_there_are(stride):
     torch.testing.assert_close(model(x), logits)
     assert (model.num_features, model.head_hidden_size) == (32, 32)
     assert model.prune_intermediate_layers(1) == [2]
+    assert (model.num_classes, model(x).shape[1]) == (0, 32)
     assert model.prune_intermediate_layers([1]) == [1]
     assert (len(model.layer2), model.num_features, model(x).shape[1]) == (0, 16, 16)
 
