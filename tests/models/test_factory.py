@@ -21,6 +21,20 @@ def test_unknown_model_offers_the_nearest():
         create_model("small_resnet_nanno", num_classes=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": -1}, "num_classes = -1 is not allowed: give 0 or more"),
+        ({"in_chans": 0}, "in_chans = 0 is not allowed: give 1 or more"),
+        ({"drop_rate": 1.0}, r"drop_rate = 1.0 is not allowed: give a rate in \[0, 1\)"),
+        ({"drop_path_rate": -0.1}, r"drop_path_rate = -0.1 is not allowed: give a rate in \[0, 1\)"),
+    ],
+)
+def test_numbers_and_rates_that_are_not_allowed_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        create_model("small_resnet_nano", **{"num_classes": 10, **options})
+
+
 def test_unknown_option_offers_the_nearest():
     with pytest.raises(InputError, match=r"'chanels'.*did you mean 'channels'"):
         create_model("small_resnet_nano", num_classes=2, chanels=(8, 8, 8, 8))

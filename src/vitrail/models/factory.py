@@ -51,11 +51,17 @@ def create_model(
         **options: further arguments of the architecture.
 
     Raises:
-        InputError: no such model, or an option it does not take.
+        InputError: no such model, a number or a rate that is not allowed, or an option it does not take.
     """
     _register()
     if not timm.is_model(name):
         raise unknown("model", name, model_names(), "`vitrail list --models` lists them all")
+    for argument, value, least in (("num_classes", num_classes, 0), ("in_chans", in_chans, 1)):
+        if value < least:
+            raise InputError(f"{argument} = {value} is not allowed: give {least} or more")
+    for argument, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+        if not 0 <= rate < 1:
+            raise InputError(f"{argument} = {rate} is not allowed: give a rate in [0, 1)")
     if drop_path_rate:
         options["drop_path_rate"] = drop_path_rate
     if img_size is not None and _is_fixed_size(name):
