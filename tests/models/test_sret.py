@@ -92,6 +92,12 @@ def test_a_shuffled_block_attends_in_the_drawn_groups():
     torch.testing.assert_close(block(x, 2, True), block(x, 2, True), rtol=0, atol=0)
 
 
+def test_what_is_dropped_leaves_what_goes_past():
+    block, x = moved(Block(6, 2, 1.5)), normal(1, 5, 6)
+    block.drop_path = torch.nn.Dropout(1.0)
+    torch.testing.assert_close(block.train()(x), block.residual[0] * block.residual[2] * x)
+
+
 def test_a_stage_passes_through_each_block_and_projects_behind_each_pass():
     units = [Recursion(Block(8, 2, 2.0), [NonlinearProjection(8) for _ in range(3)]) for _ in range(2)]
     stage = moved(Stage(4, 8, units, (3, 2))).eval()
@@ -178,7 +184,8 @@ def test_variants_are_as_published(monkeypatch):
         assert options["groups"] == (((1, 1),) * 3 if "wo_slice" in name else sliced)
         side = int(name[-3:]) if name[-3:].isdigit() else 224
         assert options["img_size"] == side
-        assert default_cfgs[f"sret_{name}"].default.input_size == (3, side, side)
+        found = default_cfgs[f"sret_{name}"].default
+        assert (found.input_size, found.crop_pct) == ((3, side, side), 0.875 if side == 224 else 1.0)
 
 
 # ---- the authors' weights
@@ -255,6 +262,7 @@ def test_channels_last_is_the_same():
 
 
 def test_positions_of_another_size_are_interpolated():
+    assert tiny(img_size=30).stem.pos_embed.shape == (1, 4, 8, 8)  # a place that is not whole has one, too
     stem = tiny().stem.eval()
     with torch.no_grad():
         for value in (stem.conv[7].weight, stem.conv[7].bias):
