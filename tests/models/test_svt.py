@@ -172,6 +172,13 @@ def test_a_block_adds_its_mixer_and_its_feed_forward():
     torch.testing.assert_close(block(x), slow, rtol=1e-9, atol=1e-9)
 
 
+def test_what_is_dropped_leaves_what_came():
+    block = Block(8, ScatterMixer(8, (3, 2)), 2.0, drop_path=0)
+    block.drop_path = torch.nn.Dropout(1.0)
+    x = torch.randn(2, 3, 2, 8)
+    torch.testing.assert_close(block.train()(x), x)
+
+
 def test_the_last_block_updates_its_token_alone():
     torch.manual_seed(0)
     block = moved(ClassBlock(6, 2, 3.0))
@@ -264,6 +271,7 @@ def test_variants_are_as_published(monkeypatch):
     # One norm serves both classifiers of the authors.
     assert count_parameters(model) == 22_052_592 + 2 * 448
     assert model.stages[0].blocks[0].mixer.gate.shape == (64, 56, 56)
+    assert model.post.attn.num_heads == 14
     made = {}
     monkeypatch.setattr(svt, "create", lambda kind, name, pretrained, weights, **own: made.update({name: own}))
     defaults = {key: value.default for key, value in inspect.signature(SVT).parameters.items()}

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from vitrail.models.staged import through_blocks
+
+AUTHORS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"^module\.", ""),
+    (r"^patch_embed(\d)\.conv\.", r"stages.\1.downsample."),
+    (r"^patch_embed1\.proj\.", "stages.1.downsample.9."),
+    (r"^patch_embed(\d)\.proj\.", r"stages.\1.downsample."),
+    (r"^patch_embed(\d)\.norm\.", r"stages.\1.embed_norm."),
+    (r"^block(\d)\.", r"stages.\1.blocks."),
+    (r"^norm4\.", "norm."),
+    (r"^norm(\d)\.", r"stages.\1.norm."),
+    (r"^stages\.(\d)", lambda found: f"stages.{int(found[1]) - 1}"),
+    (r"^post_network\.0\.", "post."),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+)
+"""Patterns of the names that their authors give to these parts, and ours, to be replaced in this order."""
 
 
 class ConvMlp(nn.Module):

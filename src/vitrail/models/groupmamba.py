@@ -26,7 +26,7 @@ from vitrail.errors import InputError, unknown
 from vitrail.layers.mamba import SS2D, ScanPaths
 from vitrail.layers.scan.orders import cross, inverse, rearrange
 from vitrail.layers.two_heads import TwoHeaded, fitting_heads
-from vitrail.models.conv_stage import ConvMlp, Stage, conv_stem, init_weights
+from vitrail.models.conv_stage import AUTHORS, ConvMlp, Stage, conv_stem, init_weights
 from vitrail.models.staged import StagedNet, cfg, create, nano_cfg
 
 GROUPS = 4
@@ -243,18 +243,8 @@ class GroupMamba(TwoHeaded, StagedNet):
 # ---- the authors' weights --------------------------------------------------------------------------------------------
 
 _AUTHORS = (
-    (r"^module\.", ""),
-    (r"^patch_embed(\d)\.conv\.", r"stages.\1.downsample."),
-    (r"^patch_embed1\.proj\.", "stages.1.downsample.9."),
-    (r"^patch_embed(\d)\.proj\.", r"stages.\1.downsample."),
-    (r"^patch_embed(\d)\.norm\.", r"stages.\1.embed_norm."),
-    (r"^block(\d)\.", r"stages.\1.blocks."),
-    (r"^norm4\.", "norm."),
-    (r"^norm(\d)\.", r"stages.\1.norm."),
-    (r"^stages\.(\d)", lambda found: f"stages.{int(found[1]) - 1}"),
-    (r"^post_network\.0\.", "post."),
+    *AUTHORS,
     (r"\.attn\.", ".mixer."),
-    (r"\.dwconv\.dwconv\.", ".dwconv."),
     (r"^dist_head\.", "head_dist."),
     (r"\.out_norm\.", ".out_norm_"),
     (r"\.(in|out)_proj\.weight$", r".\1_proj"),

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vitrail.errors import InputError, unknown
 from vitrail.layers.dtcwt import DualTree
-from vitrail.models.conv_stage import ConvMlp, Stage, conv_stem, init_weights
+from vitrail.models.conv_stage import AUTHORS, ConvMlp, Stage, conv_stem, init_weights
 from vitrail.models.staged import StagedNet, cfg, create, nano_cfg
 
 BLOCKS = 4
@@ -346,19 +346,9 @@ class SVT(StagedNet):
 # ---- the authors' weights --------------------------------------------------------------------------------------------
 
 _AUTHORS = (
-    (r"^module\.", ""),
-    (r"^patch_embed(\d)\.conv\.", r"stages.\1.downsample."),
-    (r"^patch_embed1\.proj\.", "stages.1.downsample.9."),
-    (r"^patch_embed(\d)\.proj\.", r"stages.\1.downsample."),
-    (r"^patch_embed(\d)\.norm\.", r"stages.\1.embed_norm."),
-    (r"^block(\d)\.(\d+)\.attn\.", r"stages.\1.blocks.\2.mixer."),
-    (r"^block(\d)\.", r"stages.\1.blocks."),
-    (r"^norm4\.", "norm."),
-    (r"^norm(\d)\.", r"stages.\1.norm."),
-    (r"^stages\.(\d)", lambda found: f"stages.{int(found[1]) - 1}"),
-    (r"^post_network\.0\.", "post."),
+    *AUTHORS,
+    (r"^(stages\.\d\.blocks\.\d+)\.attn\.", r"\1.mixer."),
     (r"^aux_head\.", "aux_head.1."),
-    (r"\.dwconv\.dwconv\.", ".dwconv."),
     (r"\.complex_weight_ll$", ".gate"),
     (r"\.complex_weight_lh_b([12])$", r".channels.bias\1"),
     (r"\.complex_weight_lh_([12])$", r".channels.weight\1"),
