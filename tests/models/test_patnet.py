@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from timm.models import group_parameters
 from timm.utils import reparameterize_model
 
-from exact import moved, normal
+from exact import moved, normal, same
+from nets import loads, pyramid
 from vitrail.app.build import count_parameters
 from vitrail.checks.patnet import ARMS, cost_row, fold_error
 from vitrail.errors import InputError
@@ -120,18 +121,6 @@ def slow_mlp(layer, x, act):
     return torch.einsum("oi,bihw->bohw", layer.fc2.weight[:, :, 0, 0], act(batch_norm(layer.norm, inside)))
 
 
-def same(ours, theirs, given, tolerance=1e-9):
-    """Compare values and gradients."""
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-    weight = normal(*ours.shape, seed=9)
-    for got, wanted in zip(
-        torch.autograd.grad((ours * weight).sum(), given),
-        torch.autograd.grad((theirs * weight).sum(), given),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, wanted, rtol=10 * tolerance, atol=tolerance)
-
-
 def test_channel_attention_is_the_slow_loop():
     layer = moved(GaussianChannelAttention(3)).eval()
     for size in ((4, 5), (2, 1)):
@@ -228,6 +217,9 @@ def test_a_block_adds_both_parts_at_once_or_one_after_the_other():
     torch.testing.assert_close(together(x), x + mlp(mixer(x)))
     apart = Block(mixer, mlp, drop_path=0.0, apart=True).eval()
     torch.testing.assert_close(apart(x), x + mixer(x) + mlp(x + mixer(x)))
+    dropped = Block(mixer, mlp, drop_path=0.999, apart=True).train()
+    torch.manual_seed(0)
+    torch.testing.assert_close(dropped(x), x + mixer(x))
 
 
 # ---- the net
@@ -324,6 +316,7 @@ def test_variants_are_as_published(name, parameters, dim, depths, heads, act):
     assert last.mixer.parts == (2 * dim, 6 * dim)
     assert type(last.mlp.act).__name__ == type(model.act).__name__ == act
     assert [stage.attends for stage in model.stages] == [False, False, False, True]
+    assert model.pretrained_cfg["crop_pct"] == 0.9
 
 
 def authors_name(key):
@@ -384,18 +377,13 @@ def test_the_authors_keys_become_ours():
     ]
     assert set(names) <= set(theirs)
     for given in (theirs, {"state_dict": {f"model.{key}": value for key, value in theirs.items()}, "epoch": 3}):
-        twin.load_state_dict(checkpoint_filter_fn(given, twin), strict=True)
-        for key, value in twin.state_dict().items():
-            assert torch.equal(value, state[key]), key
+        loads(twin, checkpoint_filter_fn(given, twin), state)
         twin.reset_classifier(3)
     assert checkpoint_filter_fn(ours.state_dict(), twin).keys() == ours.state_dict().keys()
 
 
 def test_any_size_dense_features_and_groups():
-    features = create_model("patnet_nano", num_classes=10, features_only=True, out_indices=(0, 3)).eval()
-    maps = features(torch.randn(1, 3, 45, 61))
-    assert [tuple(m.shape[1:]) for m in maps] == [(16, 23, 31), (128, 3, 4)]
-    assert features.feature_info.reduction() == [2, 16]
+    assert pyramid("patnet_nano", 0, 3) == ([(16, 23, 31), (128, 3, 4)], [2, 16])
     with torch.device("meta"):
         assert create_model("patnet_t0", num_classes=10)(torch.zeros(2, 3, 225, 190)).shape == (2, 10)
     model = tiny(num_classes=0, global_pool="").eval()
@@ -444,6 +432,10 @@ def test_rows_of_cost_and_the_error_of_folding(monkeypatch):
         ({"act": "gleu"}, "activation 'gleu'.*gelu"),
         ({"n_div": 1}, "dim = 8 and n_div = 1 .*2 or more"),
         ({"dim": 3}, "dim = 3 and n_div = 4 .*as much"),
+        ({"mlp_ratio": 0.1}, "mlp_ratio = 0.1 .*leaves a channel"),
+        ({"feature_dim": 0}, "feature_dim = 0 .*leaves a channel"),
+        ({"attn_drop_rate": 1}, r"attn_drop_rate = 1 .*\[0, 1\)"),
+        ({"proj_drop_rate": -0.1}, r"proj_drop_rate = -0.1 .*\[0, 1\)"),
         ({"stem_stride": 3}, "stem_stride = 3 .*2 or 4"),
         ({"num_heads": 5}, "num_heads = 5 does not divide the 48 channels of stage 3"),
         ({"num_heads": 0}, "num_heads = 0 "),

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from timm.models import group_parameters
 
-from exact import moved, normal
+from exact import moved, normal, same
+from nets import pyramid
 from vitrail.app.build import count_parameters
 from vitrail.checks.s2aformer import ARMS, RIVALS, attention_times, cost_row, layer, published_sizes
 from vitrail.errors import InputError
@@ -100,18 +101,6 @@ def slow_interaction(lim, x):
     return depthwise(lim.conv2, x * norm.weight[:, None, None] + norm.bias[:, None, None])
 
 
-def same(ours, theirs, given, tolerance=1e-9):
-    """Compare values and gradients."""
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-    weight = normal(*ours.shape, seed=9)
-    for got, wanted in zip(
-        torch.autograd.grad((ours * weight).sum(), given),
-        torch.autograd.grad((theirs * weight).sum(), given),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, wanted, rtol=10 * tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize(
     ("size", "heads", "reduction", "key_dim"),
     [((5, 3), 2, 2, 1), ((2, 4), 3, 1, 1), ((3, 4), 2, 3, 2), ((3, 2), 2, 2, 0)],
@@ -153,6 +142,13 @@ def test_a_block_adds_its_parts_one_after_the_other(attention, interaction):
     inside = layer_norm(block.norms["mlp"], expected)
     expected = expected + torch.stack([point(fc2, gelu(point(fc1, image))) for image in inside])
     torch.testing.assert_close(block(x), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_stochastic_depth_is_of_all_but_the_first_convolution():
+    block = HybridPerceptionBlock(4, StripSelfAttention(4, 2, 2), 3.0, interaction=True, drop_path=0.999).train()
+    x = torch.randn(2, 4, 3, 5)
+    torch.manual_seed(0)
+    torch.testing.assert_close(block(x), x + depthwise(block.conv, x))
 
 
 # ---- the net
@@ -231,10 +227,7 @@ def test_variants_are_as_the_card_says(name, parameters, stem, dims, depths):
 
 
 def test_any_size_dense_features_groups_and_weights():
-    features = create_model("s2aformer_nano", num_classes=10, features_only=True, out_indices=(0, 3)).eval()
-    maps = features(torch.randn(1, 3, 45, 61))
-    assert [tuple(m.shape[1:]) for m in maps] == [(16, 23, 31), (64, 3, 4)]
-    assert features.feature_info.reduction() == [2, 16]
+    assert pyramid("s2aformer_nano", 0, 3) == ([(16, 23, 31), (64, 3, 4)], [2, 16])
     with torch.device("meta"):
         assert create_model("s2aformer_t", num_classes=10)(torch.zeros(2, 3, 225, 190)).shape == (2, 10)
     model = tiny(num_classes=0, global_pool="").eval()
@@ -294,6 +287,9 @@ def test_attentions_are_timed_and_counted_at_one_shape():
         ({"depths": (1, 1, 0, 1)}, "depths = .*1 or more"),
         ({"reductions": (0, 2, 2, 1)}, "reductions = .*1 or more"),
         ({"num_heads": (1, 2, 2, 3)}, "num_heads = 3 does not divide a width of 8"),
+        ({"stem_dim": 0}, "stem_dim = 0 .*1 or more"),
+        ({"feature_dim": 0}, "feature_dim = 0 .*1 or more"),
+        ({"mlp_ratio": 0.2}, "mlp_ratio = 0.2 leaves no hidden channels"),
         ({"key_dim": -1}, "key_dim = -1 .*1 or more, or 0"),
         ({"stem_stride": 4}, "stem_stride = 4 .*1 or 2"),
         ({"global_pool": "median"}, "global_pool = 'median' .*avg, max"),

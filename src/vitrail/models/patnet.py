@@ -283,8 +283,8 @@ class PATNet(StagedNet):
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first, in [0, 1).
 
     Raises:
-        InputError: stages of another number, a name that there is not, a width, heads, a stride or a pooling that is
-            not allowed.
+        InputError: stages of another number, a name that there is not, a width, heads, a rate, a stride or a pooling
+            that is not allowed.
     """
 
     BEHIND = r"^hidden\."
@@ -321,6 +321,13 @@ class PATNet(StagedNet):
             raise unknown("activation", act, ACTIVATIONS)
         if n_div < 2 or dim < max(n_div, 2):
             raise InputError(f"dim = {dim} and n_div = {n_div} are not allowed: give n_div 2 or more, and dim as much")
+        if int(dim * mlp_ratio) < 1 or feature_dim < 1:
+            raise InputError(
+                f"mlp_ratio = {mlp_ratio} and feature_dim = {feature_dim} are not allowed: give what leaves a channel"
+            )
+        for name, rate in (("attn_drop_rate", attn_drop_rate), ("proj_drop_rate", proj_drop_rate)):
+            if not 0 <= rate < 1:
+                raise InputError(f"{name} = {rate} is not allowed: give a rate in [0, 1)")
         if stem_stride not in (2, 4):
             raise InputError(f"stem_stride = {stem_stride} is not allowed: give 2 or 4")
         self.num_classes = num_classes

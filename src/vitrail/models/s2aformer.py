@@ -181,6 +181,11 @@ class S2AFormer(StagedNet):
         for dim, heads in zip(dims, num_heads, strict=True):
             if dim % heads:
                 raise InputError(f"num_heads = {heads} does not divide a width of {dim}: give a divisor")
+        for name, value in (("stem_dim", stem_dim), ("feature_dim", feature_dim)):
+            if value < 1:
+                raise InputError(f"{name} = {value} is not allowed: give 1 or more")
+        if int(min(dims) * mlp_ratio) < 1:
+            raise InputError(f"mlp_ratio = {mlp_ratio} leaves no hidden channels for dims = {tuple(dims)}: give more")
         if key_dim < 0:
             raise InputError(f"key_dim = {key_dim} is not allowed: give 1 or more, or 0 for the width of a head")
         if stem_stride not in (1, 2):
