@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, Mlp, trunc_normal_
+from timm.layers import LayerNorm2d, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
 from vitrail.layers.windows import from_windows, to_windows
-from vitrail.models.staged import StagedNet, cfg, create, nano_cfg, through_blocks
+from vitrail.models.staged import Block, StagedNet, cfg, check_stages, create, nano_cfg, through_blocks
 
 # ---- attention in stripes --------------------------------------------------------------------------------------------
 
@@ -114,23 +114,6 @@ class CrossShapedAttention(nn.Module):
 # ---- the net ---------------------------------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    """Cross-shaped attention, then a feed-forward layer, each added to what came in."""
-
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, *, drop_path: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, H, W, C)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
 class Stage(nn.Module):
     """An overlapping convolution that halves the size (none in the first stage, which the stem does), then blocks."""
 
@@ -184,14 +167,11 @@ class CSWin(StagedNet):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, values, wanted in (("depths", depths, 4), ("num_heads", num_heads, 4), ("stripes", stripes, 3)):
-            if len(values) != wanted:
-                raise InputError(
-                    f"{name} = {tuple(values)} has {len(values)} entries: give one for each of "
-                    f"{'four stages' if wanted == 4 else 'the first three stages'}"
-                )
-        if stem_stride not in (2, 4):
-            raise InputError(f"stem_stride = {stem_stride} is not allowed: give 2 or 4")
+        check_stages(stem_stride, depths=depths, num_heads=num_heads)
+        if len(stripes) != 3:
+            raise InputError(
+                f"stripes = {tuple(stripes)} has {len(stripes)} entries: give one for each of the first three stages"
+            )
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dim * 8
         # As published: at 4 pixels a padding of 2, so that 224 pixels are 56 places and the last is seen whole.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vitrail.edits.gramian_heads import GramianHeads
 from vitrail.errors import InputError
-from vitrail.models.staged import StagedNet, cfg, create, nano_cfg
+from vitrail.models.staged import StagedNet, cfg, check_stages, create, nano_cfg
 
 
 class Aggregate(nn.Module):
@@ -91,15 +91,9 @@ class GAConvNeXt(StagedNet):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, values in {"dims": dims, "depths": depths}.items():
-            if len(values) != 4:
-                raise InputError(
-                    f"{name} = {tuple(values)} has {len(values)} entries: give one for each of four stages"
-                )
+        check_stages(stem_stride, dims=dims, depths=depths)
         if not 0 <= between < depths[2]:
             raise InputError(f"between = {between} is not allowed: give 0 to {depths[2] - 1}, inside the third stage")
-        if stem_stride not in (2, 4):
-            raise InputError(f"stem_stride = {stem_stride} is not allowed: give 2 or 4")
         self.num_classes, self.between = num_classes, between
         self.num_features = self.head_hidden_size = dims[3]
         self.stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], stem_stride, stem_stride), LayerNorm2d(dims[0]))

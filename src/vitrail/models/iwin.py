@@ -17,30 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
 from vitrail.layers.interleaved import InterleavedAttention, Window
-from vitrail.models.staged import StagedNet, cfg, create, nano_cfg, through_blocks
-
-
-class Block(nn.Module):
-    """Interleaved attention beside a convolution, then a feed-forward layer, each added to what came in."""
-
-    def __init__(self, dim: int, attn: InterleavedAttention, mlp_ratio: float, *, drop_path: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, ..., C)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+from vitrail.models.staged import Block, StagedNet, cfg, check_stages, create, nano_cfg, through_blocks
 
 
 class Downsample(nn.Module):
@@ -150,13 +133,7 @@ class Iwin(StagedNet):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, values in {"depths": depths, "num_heads": num_heads, "conv": conv}.items():
-            if len(values) != 4:
-                raise InputError(
-                    f"{name} = {tuple(values)} has {len(values)} entries: give one for each of four stages"
-                )
-        if stem_stride not in (2, 4):
-            raise InputError(f"stem_stride = {stem_stride} is not allowed: give 2 or 4")
+        check_stages(stem_stride, depths=depths, num_heads=num_heads, conv=conv)
         if frames is not None and frames < 1:
             raise InputError(f"frames = {frames} is not allowed: give the number in a clip, or None for images")
         self.num_classes, self.frames = num_classes, frames
@@ -206,12 +183,6 @@ class Iwin(StagedNet):
             x = x + times
         features: Tensor = self.norm(self.stages(x).movedim(1, -1)).movedim(-1, 1)
         return features
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
-        """Return logits (B, classes), or with ``pre_logits`` the pooled features (B, C)."""
-        if not self.global_pool.pool_type:
-            return x
-        return super().forward_head(x.flatten(2, -2), pre_logits)  # a clip is pooled as one high plane
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vitrail.errors import InputError, unknown
 from vitrail.layers.windows import from_windows, to_windows
-from vitrail.models.staged import StagedNet, cfg, create, nano_cfg, through_blocks
+from vitrail.models.staged import StagedNet, cfg, check_stages, create, nano_cfg, through_blocks
 
 ATTENTIONS = ("linear", "softmax")
 FLOOR = 100.0
@@ -282,11 +282,7 @@ class L2ViT(StagedNet):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, values in {"dims": dims, "depths": depths, "num_heads": num_heads}.items():
-            if len(values) != 4:
-                raise InputError(
-                    f"{name} = {tuple(values)} has {len(values)} entries: give one for each of four stages"
-                )
+        check_stages(stem_stride, dims=dims, depths=depths, num_heads=num_heads)
         for dim, heads in zip(dims, num_heads, strict=True):
             if heads < 1 or dim % heads:
                 raise InputError(f"num_heads = {heads} does not divide a width of {dim}: give a divisor of it")
@@ -296,8 +292,6 @@ class L2ViT(StagedNet):
             raise InputError(f"window = {window} is not allowed: give 1 place or more")
         if not floor > 0:
             raise InputError(f"floor = {floor} is not allowed: give a number above 0, such as {FLOOR:g}")
-        if stem_stride not in (2, 4):
-            raise InputError(f"stem_stride = {stem_stride} is not allowed: give 2 or 4")
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.stem_stride = stem_stride

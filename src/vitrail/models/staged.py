@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import SelectAdaptivePool2d, trunc_normal_
+from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint
 from torch import Tensor, nn
 
+from vitrail.errors import InputError
 from vitrail.layers.pooling import global_pooling
 
 
 class StagedNet(nn.Module):
-    """A net whose features after each stage are (B, C, H, W), with timm's surface.
+    """A net whose features after each stage are (B, C, H, W), or (B, C, T, H, W) of clips, with timm's surface.
 
     A constructor sets ``num_features``, ``head_hidden_size``, ``feature_info``, ``drop``, ``stages``, each with its
     ``blocks``, and what comes before and behind them; then it calls ``reset_classifier``.
@@ -84,11 +85,13 @@ class StagedNet(nn.Module):
         return head
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the map behind the last stage, (B, C, H, W)."""
+        """Return the map behind the last stage, (B, C, H, W), or (B, C, T, H, W) of clips."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         """Return logits (B, classes), or with ``pre_logits`` the pooled features (B, C)."""
+        if x.ndim == 5 and self.global_pool.pool_type:
+            x = x.flatten(2, 3)  # a clip is pooled as one high plane
         pooled = self.global_pool(x)
         return pooled if pre_logits else self.head(self.drop(pooled))
 
@@ -102,6 +105,49 @@ def through_blocks(stage: Any, x: Tensor, *more: Any) -> Tensor:
     for block in stage.blocks:
         x = checkpoint(block, x, *more) if stage.grad_checkpointing and stage.training else block(x, *more)
     return x
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward layer, each behind a norm and added to what came in.
+
+    Args:
+        dim: C.
+        attn: takes and returns (B, ..., C).
+        mlp_ratio: hidden width of the feed-forward layer over C.
+        drop_path: stochastic depth of both, in [0, 1).
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, *, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, ..., C)."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def check_stages(stem_stride: int, strides: Sequence[int] = (2, 4), **options: Sequence[Any]) -> None:
+    """Refuse what makes no net of four stages.
+
+    Args:
+        stem_stride: pixels per place of the first stage.
+        strides: those that there are.
+        **options: by name, those that have an entry for each stage.
+
+    Raises:
+        InputError: a stride that there is not, or entries of another number.
+    """
+    for name, values in options.items():
+        if len(values) != 4:
+            raise InputError(f"{name} = {tuple(values)} has {len(values)} entries: give one for each of four stages")
+    if stem_stride not in strides:
+        *some, last = strides
+        raise InputError(f"stem_stride = {stem_stride} is not allowed: give {', '.join(map(str, some))} or {last}")
 
 
 # ---- what timm keeps of a variant ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
-from vitrail.models.staged import StagedNet, cfg, create, nano_cfg, through_blocks
+from vitrail.models.staged import StagedNet, cfg, check_stages, create, nano_cfg, through_blocks
 
 _CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 _NORM: dict[int, Any] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -224,11 +224,7 @@ class UniFormer(StagedNet):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, values in {"dims": dims, "depths": depths, "layer_scale": layer_scale}.items():
-            if len(values) != 4:
-                raise InputError(
-                    f"{name} = {tuple(values)} has {len(values)} entries: give one for each of four stages"
-                )
+        check_stages(stem_stride, dims=dims, depths=depths, layer_scale=layer_scale)
         if not re.fullmatch("[LG]{4}", aggregators):
             raise InputError(
                 f"aggregators = {aggregators!r} is not allowed: give L or G for each stage, such as 'LLGG'"
@@ -237,8 +233,6 @@ class UniFormer(StagedNet):
             raise InputError(f"axes = {axes} is not allowed: give 2 for images, 3 for clips")
         if overlap and axes == 3:
             raise InputError("overlap = True is for images: give axes = 2, or overlap = False")
-        if stem_stride not in (2, 4):
-            raise InputError(f"stem_stride = {stem_stride} is not allowed: give 2 or 4")
         for dim, kind in zip(dims, aggregators, strict=True):
             if kind == "G" and (head_dim < 1 or dim % head_dim):
                 raise InputError(f"head_dim = {head_dim} does not divide a width of {dim}: give a divisor of it")
@@ -288,12 +282,6 @@ class UniFormer(StagedNet):
             )
         features: Tensor = self.norm(self.stages(x))
         return features
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
-        """Return logits (B, classes), or with ``pre_logits`` the pooled features (B, C)."""
-        if not self.global_pool.pool_type:
-            return x
-        return super().forward_head(x.flatten(2, -2), pre_logits)  # a clip is pooled as one high plane
 
 
 def _init_weights(module: nn.Module) -> None:

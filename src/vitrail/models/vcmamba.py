@@ -30,7 +30,7 @@ from vitrail.layers.mamba import Scan, initial_rates, rates
 from vitrail.layers.scan import selective_scan
 from vitrail.layers.scan.orders import Order, cross_merge, cross_scan, snake
 from vitrail.layers.two_heads import TwoHeaded, fitting_heads
-from vitrail.models.staged import StagedNet, cfg, create, nano_cfg
+from vitrail.models.staged import StagedNet, cfg, check_stages, create, nano_cfg
 
 STATES = 16
 """N of every published variant."""
@@ -239,16 +239,10 @@ class VCMamba(TwoHeaded, StagedNet):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(distilled=distilled)
-        for name, values in {"dims": dims, "depths": depths, "mamba": mamba}.items():
-            if len(values) != 4:
-                raise InputError(
-                    f"{name} = {tuple(values)} has {len(values)} entries: give one for each of four stages"
-                )
+        check_stages(stem_stride, (1, 2, 4), dims=dims, depths=depths, mamba=mamba)
         for depth, scanning in zip(depths, mamba, strict=True):
             if not 0 <= scanning <= depth:
                 raise InputError(f"mamba = {scanning} of a stage with {depth} blocks: give a number from 0 to {depth}")
-        if stem_stride not in (1, 2, 4):
-            raise InputError(f"stem_stride = {stem_stride} is not allowed: give 1, 2 or 4")
         if img_size < 1:
             raise InputError(f"img_size = {img_size} is not allowed: give a number of pixels, 1 or more")
         self.num_classes = num_classes
