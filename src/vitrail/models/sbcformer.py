@@ -272,6 +272,9 @@ class SBCFormer(StagedNet):
                 raise InputError(f"{name} = {value} is not allowed: give 1 or more")
         if int(attn_ratio * key_dim) < 1:
             raise InputError(f"attn_ratio = {attn_ratio} leaves no values for key_dim = {key_dim}: give more")
+        for name, ratio in (("mlp_ratio", mlp_ratio), ("invres_ratio", invres_ratio)):
+            if int(min(dims) * ratio) < 1:
+                raise InputError(f"{name} = {ratio} leaves no hidden channels for dims = {tuple(dims)}: give more")
         if stem_stride not in (2, 4, 8):
             raise InputError(f"stem_stride = {stem_stride} is not allowed: give 2, 4 or 8")
         self.num_classes = num_classes
@@ -389,10 +392,10 @@ _OWN: dict[str, Any] = {"first_conv": "stages.0.merge.0.0"}
 default_cfgs = generate_default_cfgs(
     {
         "sbcformer_nano": nano_cfg(pool_size=(4, 4), **_OWN),
-        "sbcformer_xs": cfg(crop_pct=0.9, **_OWN),
-        "sbcformer_s": cfg(crop_pct=0.9, **_OWN),
-        "sbcformer_b": cfg(crop_pct=0.9, **_OWN),
-        "sbcformer_l": cfg(crop_pct=0.9, **_OWN),
+        "sbcformer_xs": cfg(crop_pct=0.875, **_OWN),
+        "sbcformer_s": cfg(crop_pct=0.875, **_OWN),
+        "sbcformer_b": cfg(crop_pct=0.875, **_OWN),
+        "sbcformer_l": cfg(crop_pct=0.875, **_OWN),
     }
 )
 
