@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from turns import Row, as_markdown, medians, save, what_was_timed
+from turns import Row, as_markdown, clock, save, what_was_timed
 
 from vitrail.app.build import count_flops, count_parameters
 from vitrail.errors import InputError
+from vitrail.evaluate.turns import medians
 from vitrail.layers.processor import preferred_precision
 from vitrail.models import create_model
 
@@ -102,7 +103,7 @@ def compare(name: str, options: argparse.Namespace, bf16: bool, published: str |
             for model in arms.values():
                 model.train(train)
             runs = {arm: partial(step, model, images, precision == "bf16", train) for arm, model in arms.items()}
-            times = medians(runs, options.rounds)
+            times = medians(runs, options.rounds, clock)
             row: Row = {
                 "model": name,
                 "parameters (M)": count_parameters(arms["ours"]) / 1e6,

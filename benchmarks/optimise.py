@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from turns import Row, as_markdown, medians, save, what_was_timed
+from turns import Row, as_markdown, clock, save, what_was_timed
 
 from vitrail.deploy import optimise
+from vitrail.evaluate.turns import medians
 from vitrail.layers.processor import keep_memory, preferred_precision
 from vitrail.models import create_model
 
@@ -51,7 +52,7 @@ def compare(name: str, images: torch.Tensor, rounds: int, compiled: bool, bf16: 
     if bf16:
         arms["bf16 autocast"] = partial(eager, model, images, True)
     arms |= {arm: partial(done.model, images) for arm, done in found.items()}
-    times = medians(arms, rounds)
+    times = medians(arms, rounds, clock)
     row: Row = {"model": name, "eager ms/image": 1000 * times["eager"] / len(images)}
     for arm in ("bf16 autocast", "optimise", "optimise + compile"):
         row[arm] = times["eager"] / times[arm] if arm in times else None

@@ -1,11 +1,10 @@
-"""Whole models taking turns in one process: what the comparisons of models share."""
+"""What the comparisons of whole models, which take turns in one process, share beside ``vitrail.evaluate.turns``."""
 
 from __future__ import annotations
 
 import json
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,6 @@ Row = dict[str, Any]
 def clock() -> float:
     """Return seconds; where one thread computes, those of it alone, which other processes do not lengthen."""
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def medians(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each arm over rounds in which all take their turn, after one to settle."""
-    spent: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(rounds + 1):
-        for name, run in arms.items():
-            start = clock()
-            run()
-            if turn:
-                spent[name].append(clock() - start)
-    return {name: statistics.median(times) for name, times in spent.items()}
 
 
 def what_was_timed() -> str:

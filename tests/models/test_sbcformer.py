@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from timm.models import group_parameters
 
-from exact import moved, normal
+from exact import moved, normal, same
+from nets import loads, pyramid
 from vitrail.app.build import count_parameters
 from vitrail.checks.sbcformer import ARMS, latencies, latency_rows, published_sizes
 from vitrail.errors import InputError
@@ -129,18 +130,6 @@ def slow_hourglass(block, x):
     return conv_norm(block.fuse, torch.cat((wide, x * gate), 1))
 
 
-def same(ours, theirs, given, tolerance=1e-9):
-    """Compare values and gradients."""
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-    weight = normal(*ours.shape, seed=9)
-    for got, wanted in zip(
-        torch.autograd.grad((ours * weight).sum(), given),
-        torch.autograd.grad((theirs * weight).sum(), given),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, wanted, rtol=10 * tolerance, atol=tolerance)
-
-
 def test_an_inverted_residual_is_its_layers():
     block = moved(InvertedResidual(3, 6)).eval()
     x = normal(2, 3, 4, 5).requires_grad_()
@@ -180,6 +169,9 @@ def test_a_transformer_adds_its_attention_and_its_feed_forward():
     x = 0.01 * normal(2, 2, 2, 6)  # small values, so that the epsilon counts
     assert block.mlp.fc1.out_features == 18
     torch.testing.assert_close(block(x), slow_transformer(block, x), rtol=1e-9, atol=1e-9)
+    dropped = Transformer(6, Attention(6, 2, 2, 1.0, 2), 3.0, 0.999).double().train()
+    torch.manual_seed(0)
+    assert torch.equal(dropped(x), x)
 
 
 @pytest.mark.parametrize(("size", "pool"), [((4, 6), 2), ((5, 3), 2), ((5, 4), 4)])
@@ -238,6 +230,8 @@ def test_drop_path_rises_and_weights_begin_as_published():
         if type(module) is torch.nn.Conv2d and module.weight.numel() > 500:
             fan_out = module.kernel_size[0] ** 2 * module.out_channels / module.groups
             assert float(module.weight.detach().std()) == pytest.approx(math.sqrt(2 / fan_out), rel=0.15), name
+        if isinstance(module, torch.nn.ConvTranspose2d):  # as torch begins it
+            assert float(module.weight.detach().abs().max()) <= 1 / module.kernel_size[0]
         if isinstance(module, Attention):
             assert not module.bias.any()
 
@@ -264,6 +258,7 @@ def test_variants_are_as_published(name, parameters, dims, heads, key_dim, depth
         attention = block.blocks[0].attn
         assert (attention.num_heads, attention.key_dim, attention.bias.shape) == (count, key_dim, (count, 7, 7))
     assert [len(stage.hourglass.local) for stage in model.stages] == [2, 2, 1]
+    assert model.pretrained_cfg["crop_pct"] == 0.875
 
 
 def authors_name(key):
@@ -321,18 +316,13 @@ def test_the_authors_keys_become_ours():
     again |= {key.replace("sbcformer_blocks.2", "sbcformer_blk"): value for key, value in theirs.items()}
     index = {"sbcformer_blocks.0.trans_blocks.MAttn_0.attn.attention_bias_idxs": torch.zeros(9, 9)}
     for given in (theirs, {"model": {**theirs, **again, **index}, "epoch": 3}):
-        twin.load_state_dict(checkpoint_filter_fn(given, twin), strict=True)
-        for key, value in twin.state_dict().items():
-            assert torch.equal(value, state[key]), key
+        loads(twin, checkpoint_filter_fn(given, twin), state)
         twin.reset_classifier(3)
     assert checkpoint_filter_fn(ours.state_dict(), twin).keys() == ours.state_dict().keys()
 
 
 def test_any_size_dense_features_and_groups():
-    features = create_model("sbcformer_nano", num_classes=10, features_only=True, out_indices=(0, 2)).eval()
-    maps = features(torch.randn(1, 3, 45, 61))
-    assert [tuple(m.shape[1:]) for m in maps] == [(16, 23, 31), (64, 6, 8)]
-    assert features.feature_info.reduction() == [2, 8]
+    assert pyramid("sbcformer_nano", 0, 2) == ([(16, 23, 31), (64, 6, 8)], [2, 8])
     with torch.device("meta"):
         assert create_model("sbcformer_xs", num_classes=10)(torch.zeros(2, 3, 225, 190)).shape == (2, 10)
     model = tiny(num_classes=0, global_pool="").eval()
@@ -360,24 +350,12 @@ def test_arms_of_the_check_are_of_one_size():
     assert not any(isinstance(module, Attention) for module in small.modules())
 
 
-def test_nets_are_timed_on_one_thread_and_published_sizes_counted():
-    threads = []
-
-    class Net(torch.nn.Linear):
-        def forward(self, x):
-            threads.append(torch.get_num_threads())
-            return super().forward(x)
-
-    nets, before = [Net(8, 8), Net(8, 8)], torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        spent = latencies(nets, 8, 2, 0)
-        assert threads == [1] * 6
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-    assert len(spent) == 2
-    (row, _) = latency_rows(("a", "b"), nets, 8, {"a": [2.0, 4.0], "b": [1.0, 1.0]})
+def test_nets_are_timed_by_an_image_and_published_sizes_counted():
+    nets = {"a": torch.nn.Linear(8, 8), "b": torch.nn.Linear(8, 8)}
+    spent = latencies(nets, 8, 2, 0)
+    assert list(spent) == ["a", "b"]
+    assert min(spent.values()) > 0
+    row, _ = latency_rows(nets, 8, {"a": [2.0, 4.0], "b": [1.0, 1.0]})
     assert row["ms_per_image"] == 3
     assert row["gigamadds_per_second"] == pytest.approx(3 * 8 * 8 * 8 / 1e6 / 3)
     (row,) = published_sizes(["sbcformer_xs"])
@@ -396,6 +374,8 @@ def test_nets_are_timed_on_one_thread_and_published_sizes_counted():
         ({"key_dim": 0}, "key_dim = 0 .*1 or more"),
         ({"side": 0}, "side = 0 .*1 or more"),
         ({"attn_ratio": 0.4}, "attn_ratio = 0.4 leaves no values for key_dim = 2"),
+        ({"mlp_ratio": 0}, "mlp_ratio = 0 leaves no hidden channels"),
+        ({"invres_ratio": 0.1}, "invres_ratio = 0.1 leaves no hidden channels"),
         ({"stem_stride": 3}, "stem_stride = 3 .*2, 4 or 8"),
         ({"global_pool": "median"}, "global_pool = 'median' .*avg, max"),
         ({"global_pool": ""}, "global_pool = '' .*num_classes = 0"),

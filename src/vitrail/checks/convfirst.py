@@ -6,8 +6,7 @@ import copy
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 from vitrail.app.build import count_flops, count_parameters
 from vitrail.checks.check import Context, Verdict, beyond_rounding, bounded, paired
 from vitrail.evaluate.efficiency import Profile, efficiency_gap_plot, profile_models, summary, waterline_plot
+from vitrail.evaluate.turns import medians, one_thread
 from vitrail.models import create_model
 from vitrail.models.convfirst import ConvFirst, FusedConvFirst, fuse_blocks
 from vitrail.report.plots import standalone
@@ -148,17 +148,6 @@ def disagreement(one: nn.Module, other: nn.Module, side: int) -> float:
     return float((other(x) - expected).abs().max() / expected.abs().max())
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute on one thread for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @torch.no_grad()
 def block_times(ctx: Context) -> list[dict[str, Any]]:
     """Time a block of each stage: layer by layer, depth first, and compiled where there is a compiler."""
@@ -172,19 +161,13 @@ def block_times(ctx: Context) -> list[dict[str, Any]]:
         forms: dict[str, Callable[[], Any]] = {"layers": partial(block, x), "depth_first": partial(fused, x)}
         if not ctx.quick and shutil.which("g++"):
             forms["inductor"] = partial(torch.compile(block), x)
-        taken: dict[str, list[float]] = {name: [] for name in forms}
-        for _ in range(1 + (2 if ctx.quick else 15)):
-            for name, form in forms.items():
-                start = time.thread_time()
-                form()
-                taken[name].append(1e3 * (time.thread_time() - start))
-        middles = {name: statistics.median(times[1:]) for name, times in taken.items()}
+        taken = medians(forms, 2 if ctx.quick else 15, time.thread_time)
         rows.append(
             {
                 "channels": channels,
                 "side": side,
-                **middles,
-                "depth_first_over_layers": middles["depth_first"] / middles["layers"],
+                **{name: 1e3 * seconds for name, seconds in taken.items()},
+                "depth_first_over_layers": taken["depth_first"] / taken["layers"],
             }
         )
     return rows

@@ -17,6 +17,7 @@ from vitrail.checks.check import Arm, Context, Verdict, arm_cost, paired
 from vitrail.data.synthetic.shapes import NAMES, scene
 from vitrail.edits.surgery import Edit, replace_modules
 from vitrail.evaluate.modulator import modulation_picture, modulations
+from vitrail.evaluate.turns import medians
 from vitrail.layers.mixed_block import MixedSwinBlock
 from vitrail.models import create_model
 from vitrail.report.plots import standalone
@@ -134,15 +135,11 @@ def step_seconds(arms: dict[str, list[Arm]], ctx: Context) -> dict[str, list[flo
     images = torch.zeros(32, 3, 28, 28)
     found: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(len(ctx.seeds)):
-        times: dict[str, list[float]] = {name: [] for name in arms}
-        for turn in range(2 if ctx.quick else 9):
-            for name, trained in arms.items():
-                start = time.process_time()
-                trained[number].model(images).sum().backward()
-                if turn:  # the first settles
-                    times[name].append(time.process_time() - start)
-        for name, spent in times.items():
-            found[name].append(statistics.median(spent))
+        steps = {
+            name: lambda model=trained[number].model: model(images).sum().backward() for name, trained in arms.items()
+        }
+        for name, seconds in medians(steps, 1 if ctx.quick else 8, time.process_time).items():
+            found[name].append(seconds)
     return found
 
 

@@ -6,9 +6,8 @@ default, forward and backward, taking turns in one process.
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 from vitrail.checks.check import Arm, Context, Verdict, arm_cost, paired
 from vitrail.edits.inception_depthwise import InceptionDepthwise, inception_depthwise
+from vitrail.evaluate.turns import medians
 from vitrail.models import create_model
 
 NET: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 128), "patch_size": 2, "output_stride": 16}
@@ -104,9 +104,8 @@ def _timed_nets(ctx: Context) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {arm: [] for arm in nets}
     for seed in ctx.seeds:
         images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(seed)).to(device)
-        for arm, seconds in _turns(
-            {arm: _step(net, images) for arm, net in nets.items()}, 1 if ctx.quick else 5
-        ).items():
+        steps = {arm: _step(net, images) for arm, net in nets.items()}
+        for arm, seconds in medians(steps, 1 if ctx.quick else 5, time.perf_counter).items():
             found[arm].append(seconds)
     return found
 
@@ -122,7 +121,8 @@ def _layers(ctx: Context) -> list[dict[str, Any]]:
             "3x3": nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
         }
         x = torch.randn(2 if ctx.quick else 8, channels, side, side, requires_grad=True)
-        times = _turns({arm: _step(layer, x) for arm, layer in layers.items()}, 2 if ctx.quick else 7)
+        steps = {arm: _step(layer, x) for arm, layer in layers.items()}
+        times = medians(steps, 2 if ctx.quick else 7, time.perf_counter)
         rows.append(
             {
                 "channels": channels,
@@ -141,15 +141,3 @@ def _step(layer: nn.Module, x: torch.Tensor) -> Callable[[], None]:
             torch.cuda.synchronize()
 
     return step
-
-
-def _turns(steps: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each, over rounds in which all take their turn after one to settle."""
-    spent: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if turn:
-                spent[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in spent.items()}

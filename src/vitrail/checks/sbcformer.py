@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from vitrail.app.build import count_flops, count_parameters
 from vitrail.checks.check import Arm, Context, Verdict, arm_cost, bounded, paired, size_of, size_row
+from vitrail.evaluate.turns import in_turns
 from vitrail.models import create_model
 
 TIMED = ("sbcformer_b", "edgenext_small", "mobilevit_s", "mobilenetv3_large_150d")
@@ -34,9 +34,9 @@ PUBLISHED = {"sbcformer_xs": (5.6, 0.7), "sbcformer_s": (8.5, 0.9), "sbcformer_b
 def run(ctx: Context) -> Verdict:
     """Time four nets in turns on one thread, train three arrangements at near equal size, count the published nets."""
     names, side = (QUICK_TIMED, 64) if ctx.quick else (TIMED, 224)
-    models = [create_model(name, num_classes=1000).eval() for name in names]
+    models = {name: create_model(name, num_classes=1000).eval() for name in names}
     draws = [latencies(models, side, 1 if ctx.quick else ROUNDS, seed) for seed in ctx.seeds]
-    spent = {name: [draw[i] for draw in draws] for i, name in enumerate(names)}
+    spent = {name: [draw[name] for draw in draws] for name in names}
     index = ctx.index("digits") if ctx.quick else ctx.index("fashion", val_fraction=0.02)
     epochs = 0.05 if ctx.quick else PASSES / len(index.rows("train"))
     common = {"model.name": "sbcformer_nano", "train.batch_size": 32, "train.epochs": epochs}
@@ -98,45 +98,25 @@ def run(ctx: Context) -> Verdict:
             "Accuracy is of nets of a seventh of a million parameters on small images: of ImageNet nothing is shown.",
         ],
         tables={
-            "latency on one thread": latency_rows(names, models, side, spent),
+            "latency on one thread": latency_rows(models, side, spent),
             "cost of the arms": [arm_cost(name, trained[0]) for name, trained in arms.items()],
             "published sizes": sizes,
         },
     )
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute on one thread meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def latencies(models: Sequence[nn.Module], side: int, rounds: int, seed: int) -> list[float]:
+def latencies(models: Mapping[str, nn.Module], side: int, rounds: int, seed: int) -> dict[str, float]:
     """Return milliseconds that each model takes for an image: medians over rounds in which they take turns."""
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(seed))
-    spent: list[list[float]] = [[] for _ in models]
-    with one_thread(), torch.inference_mode():
-        for model in models:
-            model(image)
-        for _ in range(rounds):
-            for model, times in zip(models, spent, strict=True):
-                start = time.thread_time()
-                model(image)
-                times.append(1e3 * (time.thread_time() - start))
-    return [statistics.median(times) for times in spent]
+    return in_turns({name: partial(model, image) for name, model in models.items()}, rounds)
 
 
 def latency_rows(
-    names: Sequence[str], models: Sequence[nn.Module], side: int, spent: dict[str, list[float]]
+    models: Mapping[str, nn.Module], side: int, spent: Mapping[str, Sequence[float]]
 ) -> list[dict[str, Any]]:
     """Return what each timed net has and takes."""
     rows = []
-    for name, model in zip(names, models, strict=True):
+    for name, model in models.items():
         madds, ms = count_flops(model, (side, side)) / 1e9, statistics.mean(spent[name])
         rows.append(
             {

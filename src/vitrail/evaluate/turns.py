@@ -1,4 +1,4 @@
-"""Time several computations fairly: in turns, on one thread, by the time of the processor and not of the clock."""
+"""Time several computations fairly, in turns: what else a machine does meanwhile slows all of them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,29 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def medians(calls: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Return the median seconds of each call over rounds in which all take their turn, after one to settle.
+
+    Args:
+        calls: name -> what to time.
+        rounds: that count, 1 or more.
+        clock: says what the time is, in seconds.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            if turn:
+                spent[name].append(clock() - start)
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
 def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Return milliseconds of processor time that each call takes on one thread, without gradients.
 
     Args:
-        calls: name -> what to time. Each is called once before the rounds.
-        rounds: of which medians are taken, 1 or more; in each, every call is made once.
+        calls, rounds: as of ``medians``.
     """
-    spent: dict[str, list[float]] = {name: [] for name in calls}
     with one_thread(), torch.inference_mode():
-        for call in calls.values():
-            call()
-        for _ in range(rounds):
-            for name, call in calls.items():
-                start = time.thread_time()
-                call()
-                spent[name].append(1e3 * (time.thread_time() - start))
-    return {name: statistics.median(times) for name, times in spent.items()}
+        return {name: 1e3 * seconds for name, seconds in medians(calls, rounds, time.thread_time).items()}
