@@ -226,6 +226,7 @@ def test_weights_begin_as_published_and_drop_path_rises():
             assert module.bias is None or not module.bias.any()
     block = model.stages[2].blocks[1]
     assert torch.equal(block.ls.gamma.detach(), torch.full((128,), 1e-6))
+    assert torch.equal(tiny().stages[0].blocks[0].ls.gamma.detach(), torch.full((8,), 1e-6))  # unless told otherwise
     assert not block.ffn.grn.gamma.any() and not block.ffn.grn.beta.any()
     rates = [getattr(b.drop_path, "drop_prob", 0.0) for stage in model.stages for b in stage.blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])

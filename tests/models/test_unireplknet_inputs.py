@@ -226,6 +226,21 @@ def test_views_exchange_what_they_see():
     torch.testing.assert_close(fusion(x, 2), expected)
 
 
+def test_a_cloud_is_seen_from_each_side_in_the_colours_of_imagenet():
+    eighths = [(0, 0), (2, 0), (4, 0), (6, 0), (5, -1), (5, 1), (7, -1), (7, 1), (0, -2), (0, 2)]
+    published = [(x * math.pi / 4, y * math.pi / 4, math.pi / 2) for x, y in eighths]
+    assert [angle for view in VIEWS for angle in view] == pytest.approx([angle for view in published for angle in view])
+    torch.manual_seed(0)
+    embed = moved(PointImage(side=9, views=3, neighbours=2, dim=4)).eval()
+    points = normal(2, 5, 3)
+    turns = rotation(torch.tensor(published[:3], dtype=torch.float64))
+    seen = torch.stack([torch.stack([turn @ point for point in cloud]) for cloud in points for turn in turns])
+    drawn = embed._drawn(pixels_of(seen, 9), embed.features(points))
+    image = embed.colour(embed.fusion(embed.image_block(drawn), 3)).sigmoid()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    torch.testing.assert_close(embed(points), (image - mean) / std, rtol=1e-5, atol=1e-5)
+
+
 def test_clouds_are_told_apart():
     torch.manual_seed(0)
     labels = torch.arange(8) % 2
@@ -290,7 +305,7 @@ def test_a_forecast_is_of_normalised_windows_put_back():
             mean, deviation = own.mean(0), (own.var(0, unbiased=False) + 1e-5).sqrt()
             image = embed.value(((own - mean) / deviation * model.scale + model.shift).T[None]).transpose(1, 2)
             found = model.head(model.net.forward_features(image.reshape(1, 1, 6, 8)).flatten(1)).view(3, 2)
-            expected = found / model.scale * deviation + mean
+            expected = (found - model.shift) / model.scale * deviation + mean
             torch.testing.assert_close(forecast[b, :, 2 * node : 2 * node + 2], expected, rtol=1e-4, atol=1e-4)
 
 

@@ -422,7 +422,7 @@ class Forecaster(nn.Module):
         images = self.embed((series - mean) / deviation * scale + shift, dates)
         found = self.head(self.net.forward_features(images).flatten(1))
         found = found.view(-1, self.embed.nodes, self.horizon, self.embed.variables).transpose(1, 2).flatten(2)
-        return (found / (scale + 1e-10)) * deviation + mean
+        return (found - shift) / (scale + 1e-10) * deviation + mean
 
 
 def series_loss(forecast: Tensor, truth: Tensor) -> Tensor:
