@@ -212,6 +212,9 @@ def test_options_that_do_not_fit_are_explained(options, message):
 def test_what_cannot_be_scaled_is_explained():
     with pytest.raises(InputError, match=r"regime = 'medium' .*'long' or 'short'"):
         scaled(3.0, "medium")
+    for budget in (float("nan"), float("inf"), "4"):
+        with pytest.raises(InputError, match=r"budget = .* is not allowed: give billions"):
+            scaled(budget, "long")
     for regime in ("long", "short"):
         with pytest.raises(InputError, match=r"a budget of 1e-05 G .* G of the least net"):
             scaled(1e-5, regime)

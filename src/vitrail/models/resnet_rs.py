@@ -8,6 +8,7 @@ besides: a constructor of any depth and width, which begins as published, and ``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -214,8 +215,6 @@ def stages_of(blocks: int) -> tuple[int, ...]:
     while sum(found) < blocks:  # to the stage that lacks most
         stage = max(range(4), key=lambda number: shares[number] - found[number])
         found[stage] += 1
-    while sum(found) > blocks and max(found) > 1:
-        found[found.index(max(found))] -= 1
     return tuple(found)
 
 
@@ -241,7 +240,7 @@ def scaled(
         layers, width, resolution, stem_stride, num_classes: of the net that is scaled.
 
     Raises:
-        InputError: another regime, or a budget that the least net exceeds.
+        InputError: another regime, or a budget that is no number or that the least net exceeds.
 
     Example:
         >>> scaled(9.1, "long").resolution
@@ -249,6 +248,8 @@ def scaled(
     """
     if regime not in get_args(Regime):
         raise InputError(f"regime = {regime!r} is not allowed: give 'long' or 'short'")
+    if not isinstance(budget, int | float) or not math.isfinite(budget):
+        raise InputError(f"budget = {budget!r} is not allowed: give billions of multiply-adds, such as 4.1")
     cost = partial(multiply_adds, stem_stride=stem_stride, num_classes=num_classes)
     limit, own = budget * 1e9, cost(layers, width, resolution)
     fifths = round(5 * max(limit, 0.0) ** GROWTH / own**GROWTH)
