@@ -133,7 +133,7 @@ def test_the_checks_plain_net_has_thirty_layers():
         ({"stem_stride": 0}, "stem_stride = 0"),
         ({"levels": (2, 0)}, r"levels = \(2, 0\) .*1 or more"),
         ({"levels": ()}, r"levels = \(\)"),
-        ({"rectifier_kind": "elu"}, "rectifier = 'elu' .*'channel', 'shared' or 'relu'"),
+        ({"rectifier_kind": "elu"}, "rectifier_kind = 'elu' .*'channel', 'shared' or 'relu'"),
         ({"global_pool": "max"}, "global_pool = 'max' .*'spp'"),
         ({"global_pool": ""}, "global_pool = '' .*num_classes = 0"),
     ],

@@ -32,7 +32,7 @@ def rectifier(kind: Rectifier, dim: int) -> nn.Module:
     if kind == "relu":
         return nn.ReLU()
     if kind not in ("channel", "shared"):
-        raise InputError(f"prelu_net: rectifier = {kind!r} is not allowed: give 'channel', 'shared' or 'relu'")
+        raise InputError(f"prelu_net: rectifier_kind = {kind!r} is not allowed: give 'channel', 'shared' or 'relu'")
     return nn.PReLU(dim if kind == "channel" else 1, SLOPE)
 
 
