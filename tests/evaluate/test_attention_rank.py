@@ -58,6 +58,7 @@ class Spread(nn.Module):
 
 def test_any_layer_with_heads_and_a_projection_is_probed():
     model = nn.Sequential(nn.Flatten(2), Spread(1), Spread(3)).train()
+    model[2].register_forward_pre_hook(lambda layer, _: setattr(layer, "rank", 4 if layer.training else 3))
     table = run(model, batches(side=3)).table
     assert [(row["layer"], row["kind"]) for row in table] == [("1", "Spread"), ("2", "Spread")]
     assert [(row["heads"], row["places"], row["channels"], row["full"]) for row in table] == [(2, 9, 4, 4)] * 2

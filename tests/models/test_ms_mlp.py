@@ -34,6 +34,9 @@ def test_a_block_mixes_then_normalises_then_feeds_forward_and_adds():
     assert inside.shape[-1] == 30
     inside = inside * 0.5 * (1 + torch.erf(inside / 2**0.5))
     torch.testing.assert_close(block(x), x + block.ls.gamma * block.mlp.fc2(inside), rtol=1e-9, atol=1e-9)
+    block = moved(Block(10, MIX_SIZES[0], SHIFTS, 3.0, drop_path=1 - 1e-9, layer_scale=0.5))
+    assert torch.equal(block.train()(x), x)  # the branch is left out
+    assert not torch.equal(block.eval()(x), x)
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (5, 3), (1, 1)])
@@ -64,6 +67,8 @@ def test_the_net_is_patches_stages_mean_norm_and_head():
     pooled = layer_norm(model.norm, inside.mean((1, 2)))
     torch.testing.assert_close(model.forward_head(model.forward_features(x), pre_logits=True), pooled)
     torch.testing.assert_close(model(x), pooled @ model.head.weight.T + model.head.bias)
+    model = moved(tiny(drop_rate=1 - 1e-9))
+    torch.testing.assert_close(model(x), model.head.bias.expand(2, -1))
 
 
 def test_weights_begin_as_published():

@@ -208,6 +208,26 @@ def test_stem_halves_where_it_says_and_drop_path_rises():
     model = create_model("ravlt_nano", num_classes=2, drop_path_rate=0.4)
     rates = [getattr(b.drop_path, "drop_prob", 0.0) for stage in model.stages for b in stage.blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    block = model.stages[3].blocks[0].train()
+    block.drop_path.drop_prob = 1 - 1e-9  # both branches, in this draw
+    x = torch.randn(2, 3, 2, 128)
+    torch.testing.assert_close(block(x, model.stages[3].prior(3, 2, x.device)), x + block.pos(x))
+
+
+def test_the_stem_is_convolutions_with_gelu():
+    stem = moved(tiny().stem).eval()
+    x = normal(2, 3, 7, 6)
+    y = x
+    for place in (0, 3, 6):
+        y = stem[place + 1](stem[place](y))
+        y = y * 0.5 * (1 + torch.erf(y / 2**0.5))
+    torch.testing.assert_close(stem(x), stem[10](stem[9](y)))
+
+
+def test_the_angles_of_one_size_are_not_taken_for_another():
+    prior = tiny().stages[0].prior
+    for size in ((2, 3), (2, 5), (4, 5)):
+        torch.testing.assert_close(prior(*size, torch.device("cpu")), plane_rotation(*size, 8))
 
 
 def test_weights_begin_as_published():
