@@ -3,9 +3,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from timm.models.tiny_vit import TinyVit
 
-from exact import moved, normal
+from exact import moved, normal, same
 from vitrail.errors import InputError
 from vitrail.models import create_model
 from vitrail.models.tinyvit import Attention, TinyViT, checkpoint_filter_fn
@@ -53,15 +54,7 @@ def slow(attention, x):
 def test_attention_is_the_slow_loop(window):
     attention = moved(Attention(8, 4, 2, 1, window))
     x = normal(2, window[0] * window[1], 8).requires_grad_()
-    ours, theirs = attention(x), torch.stack([slow(attention, one) for one in x])
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    weight, given = normal(*ours.shape, seed=1), [x, *attention.parameters()]
-    for got, wanted in zip(
-        torch.autograd.grad((ours * weight).sum(), given),
-        torch.autograd.grad((theirs * weight).sum(), given),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
+    same(attention(x), torch.stack([slow(attention, one) for one in x]), [x, *attention.parameters()])
 
 
 def test_with_the_published_stem_it_is_timms_net():
@@ -80,6 +73,7 @@ def test_the_nano_takes_images_of_any_size(size):
     with torch.no_grad():
         assert model.forward_features(torch.zeros(1, 3, *size)).shape == (1, 96, height, width)
     assert [info["reduction"] for info in model.feature_info] == [2, 4, 8]
+    assert not any(isinstance(module, DropPath) for module in model.modules())
 
 
 def test_weights_that_are_loaded_count_and_a_graph_is_never_kept():
@@ -143,6 +137,8 @@ def test_the_authors_checkpoints_are_mapped():
         ({"depths": (1, 0, 1)}, r"depths = \(1, 0, 1\) .*one block"),
         ({"window_sizes": (2, 0, 2)}, r"window_sizes = \(2, 0, 2\) .*one place or more"),
         ({"num_heads": (1, 2, 3)}, "num_heads = 3 does not divide a width of 8"),
+        ({"mlp_ratio": 0}, "mlp_ratio = 0 leaves no hidden channels"),
+        ({"mbconv_expand_ratio": 0.1}, "mbconv_expand_ratio = 0.1 leaves no hidden channels"),
         ({"global_pool": ""}, "global_pool = '' is not allowed"),
     ],
 )

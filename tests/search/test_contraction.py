@@ -1,5 +1,6 @@
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from vitrail.errors import InputError
 from vitrail.models import create_model
+from vitrail.search import contraction
 from vitrail.search.contraction import (
     Candidate,
     Factors,
@@ -64,6 +66,12 @@ def test_the_factors_make_the_net():
     assert model.stages[0].blocks[0].conv1.conv.out_channels == 2 * 16
     assert model.num_features == 48
     assert throughput("tinyvit_nano", SMALL, size=16, batch=2, rounds=1) > 0
+
+
+def test_throughput_is_images_over_the_fastest_pass(monkeypatch):
+    clock = iter([0.0, 4.0, 4.0, 6.0, 6.0, 9.0])
+    monkeypatch.setattr(contraction, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert throughput("tinyvit_nano", SMALL, size=16, batch=3, rounds=3) == 1.5
 
 
 def test_limits_fall_by_equal_factors():

@@ -59,7 +59,7 @@ class TinyViT(TinyVit):
 
     Raises:
         InputError: a stride that is not allowed, settings of stages of several numbers, heads that do not divide a
-            width, an empty stage or window, or no pooling with a classifier.
+            width, an empty stage or window, a ratio that leaves no channel, or no pooling with a classifier.
     """
 
     def __init__(
@@ -77,6 +77,12 @@ class TinyViT(TinyVit):
         **kwargs: Any,
     ) -> None:
         _refuse(stem_stride, embed_dims, depths, num_heads, window_sizes)
+        for name, ratio in (("mlp_ratio", mlp_ratio), ("mbconv_expand_ratio", mbconv_expand_ratio)):
+            if int(min(embed_dims) * ratio) < 1:
+                raise InputError(
+                    f"tinyvit: {name} = {ratio} leaves no hidden channels for embed_dims = {tuple(embed_dims)}: give "
+                    "more"
+                )
         global_pooling(global_pool, num_classes)
         super().__init__(
             in_chans=in_chans,
