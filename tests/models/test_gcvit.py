@@ -1,3 +1,5 @@
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,8 +8,8 @@ from torch import nn
 
 from exact import moved, normal
 from vitrail.errors import InputError
-from vitrail.models import create_model
-from vitrail.models.gcvit import Block, GCViT, QueryMap, checkpoint_filter_fn
+from vitrail.models import create_model, gcvit
+from vitrail.models.gcvit import Block, GCViT, QueryMap, checkpoint_filter_fn, default_cfgs
 
 SMALL = {
     "embed_dim": 4,
@@ -75,6 +77,13 @@ def test_where_windows_divide_a_map_a_block_is_timms(use_global):
     torch.testing.assert_close(ours(x, shared), theirs(x, shared))
 
 
+def test_dropout_of_attention_acts_in_training_alone():
+    block = Block(8, (4, 4), num_heads=2, window_size=2, use_global=False, attn_drop=0.5)
+    x = torch.randn(1, 4, 4, 8)
+    assert torch.equal(block.eval()(x), block(x))
+    assert not torch.equal(block.train()(x), block(x))
+
+
 def test_queries_are_resized_to_a_window():
     torch.manual_seed(0)
     maps = QueryMap(4, 2, 3).eval()
@@ -126,6 +135,29 @@ def test_it_begins_as_the_authors_code():
     assert [block.attn.use_global for block in model.stages[1].blocks] == [False, True]
 
 
+def test_variants_are_as_published(monkeypatch):
+    made = {}
+    monkeypatch.setattr(gcvit, "create", lambda kind, name, *rest, **own: made.update({name: own}))
+    defaults = {key: value.default for key, value in inspect.signature(GCViT).parameters.items()}
+    for name, dim, depth, heads, ratio, scale, window, side, crop in (
+        ("tiny2", 64, 29, 2, 3.0, None, 7, 224, 0.875),
+        ("small2", 96, 23, 3, 3.0, 1e-5, 7, 224, 0.875),
+        ("large", 192, 19, 6, 2.0, 1e-5, 7, 224, 1.0),
+        ("large_384", 192, 19, 6, 2.0, 1e-5, 12, 384, 1.0),
+        ("large_512", 192, 19, 6, 2.0, 1e-5, 16, 512, 1.0),
+    ):
+        getattr(gcvit, f"gcvit_{name}")()
+        options = defaults | made[f"gcvit_{name}"]
+        assert (options["stem_stride"], options["embed_dim"], options["depths"]) == (4, dim, (3, 4, depth, 5))
+        assert options["num_heads"] == (heads, 2 * heads, 4 * heads, 8 * heads)
+        assert options["window_size"] == (window, window, 2 * window, window)
+        assert options["query_levels"] == (3, 2, 0, 0)
+        assert (options["mlp_ratio"], options["layer_scale"]) == (ratio, scale)
+        found = default_cfgs[f"gcvit_{name}"].default
+        assert (found.input_size, found.crop_pct) == ((3, side, side), crop)
+        assert found.crop_mode == ("center" if side == 224 else "squash")
+
+
 def authors_names(state):
     """Return the weights under the names and in the shapes of the authors' code."""
     parts = {"conv_dw": "0", "se.fc1": "2.fc.0", "se.fc2": "2.fc.2", "conv_pw": "3"}
@@ -160,6 +192,8 @@ def test_the_authors_checkpoints_are_mapped():
     [
         ({"stem_stride": 3}, "stem_stride = 3 is not allowed: give 2 or 4"),
         ({"depths": (1,)}, r"depths = \(1,\), .*one of each for every stage"),
+        ({"window_size": 4}, "window_size = 4 is one number: give a list"),
+        ({"depths": (0, 2)}, r"depths = \(0, 2\) .*1 block or more"),
         ({"window_size": (0, 4)}, r"window_size = \(0, 4\) .*1 place or more"),
         ({"query_levels": (-1, 0)}, r"query_levels = \(-1, 0\) .*levels from 0"),
         ({"num_heads": (1, 3)}, "num_heads = 3 does not divide a width of 8"),

@@ -171,11 +171,16 @@ def _refuse(
 ) -> None:
     if stem_stride not in (2, 4):
         raise InputError(f"gcvit: stem_stride = {stem_stride} is not allowed: give 2 or 4")
+    for name, values in (("depths", depths), ("num_heads", num_heads), ("window_size", window_size)):
+        if not isinstance(values, Sequence):
+            raise InputError(f"gcvit: {name} = {values} is one number: give a list, with an entry for each stage")
     if not len(depths) == len(num_heads) == len(window_size) == len(query_levels):
         raise InputError(
             f"gcvit: depths = {tuple(depths)}, num_heads = {tuple(num_heads)}, window_size = {tuple(window_size)} and "
             f"query_levels = {tuple(query_levels)} are of several lengths: give one of each for every stage"
         )
+    if min(depths) < 1:
+        raise InputError(f"gcvit: depths = {tuple(depths)} is not allowed: give 1 block or more for each stage")
     if min(window_size) < 1 or min(query_levels) < 0:
         raise InputError(
             f"gcvit: window_size = {tuple(window_size)} with query_levels = {tuple(query_levels)} is not allowed: give "
@@ -238,6 +243,8 @@ default_cfgs = generate_default_cfgs(
         "gcvit_tiny2": cfg(crop_pct=0.875, **_PLACES),
         "gcvit_small2": cfg(crop_pct=0.875, **_PLACES),
         "gcvit_large": cfg(**_PLACES),
+        "gcvit_large_384": cfg(384, crop_mode="squash", **_PLACES),
+        "gcvit_large_512": cfg(512, crop_mode="squash", **_PLACES),
     }
 )
 
@@ -274,8 +281,28 @@ def gcvit_small2(pretrained: bool = False, **kwargs: Any) -> GCViT:
     return _create("gcvit_small2", pretrained, **{**shape, **kwargs})
 
 
+_LARGE: dict[str, Any] = {
+    "embed_dim": 192,
+    "depths": (3, 4, 19, 5),
+    "num_heads": (6, 12, 24, 48),
+    "mlp_ratio": 2.0,
+    "layer_scale": 1e-5,
+}
+
+
 @register_model
 def gcvit_large(pretrained: bool = False, **kwargs: Any) -> GCViT:
     """201 M parameters; trained with stochastic depth 0.5."""
-    shape = {"embed_dim": 192, "depths": (3, 4, 19, 5), "num_heads": (6, 12, 24, 48), "mlp_ratio": 2.0}
-    return _create("gcvit_large", pretrained, **{**shape, "layer_scale": 1e-5, **kwargs})
+    return _create("gcvit_large", pretrained, **{**_LARGE, **kwargs})
+
+
+@register_model
+def gcvit_large_384(pretrained: bool = False, **kwargs: Any) -> GCViT:
+    """202 M parameters, windows for 384 pixels; trained with stochastic depth 0.1, after ImageNet-21K."""
+    return _create("gcvit_large_384", pretrained, **{**_LARGE, "window_size": (12, 12, 24, 12), **kwargs})
+
+
+@register_model
+def gcvit_large_512(pretrained: bool = False, **kwargs: Any) -> GCViT:
+    """203 M parameters, windows for 512 pixels; trained with stochastic depth 0.1, after ImageNet-21K."""
+    return _create("gcvit_large_512", pretrained, **{**_LARGE, "window_size": (16, 16, 32, 16), **kwargs})
