@@ -89,6 +89,7 @@ def test_names_choose_blocks_and_weights_keep_their_kind():
         ({"loops": 2.5}, "loops = 2.5 .*2 passes or more"),
         ({"projection_ratio": 0}, "projection_ratio = 0 .*more than 0"),
         ({"groups": (2,)}, r"groups = \(2,\) .*two numbers"),
+        ({"groups": 2}, "groups = 2 is .*two numbers"),
         ({"groups": (2, 0)}, r"groups = \(2, 0\) .*two numbers"),
     ],
 )

@@ -149,6 +149,11 @@ def test_the_nano_takes_images_of_any_size(size):
     ]
 
 
+def test_blocks_and_grids_are_of_the_window_that_was_asked_for():
+    parts = [part for part in tiny(window_size=3).modules() if isinstance(part, Partition)]
+    assert [(part.partition_block, part.partition_size) for part in parts] == [(True, (3, 3)), (False, (3, 3))] * 3
+
+
 def test_a_published_net_is_ours_at_its_own_size():
     with torch.device("meta"):
         theirs, ours = timm.create_model("maxvit_tiny_tf_224", num_classes=5), MaxViT(num_classes=5)
@@ -189,6 +194,7 @@ def test_blocks_are_groups_of_their_own():
         ({"stem_stride": 4}, "stem_stride = 4 is not allowed: give 1 or 2"),
         ({"depths": (1,)}, r"depths = \(1,\) are not allowed: give one width"),
         ({"depths": (1, 0)}, r"depths = \(1, 0\) are not allowed"),
+        ({"stem_width": 0}, "stem_width = 0 is not allowed: give 1 channel or more"),
         ({"window_size": 0}, "window_size = 0 is not allowed: give 1 place or more"),
         ({"dim_head": 3}, "dim_head = 3 does not divide a width of 4"),
         ({"dim_head": 0}, "dim_head = 0 does not divide"),

@@ -396,6 +396,8 @@ def test_what_the_check_counts():
         ({"depths": (1,)}, r"depths = \(1,\) has 1 entries"),
         ({"num_heads": (1, 2, 5, 4)}, "num_heads = 5 does not divide a width of 12"),
         ({"num_heads": (0, 2, 3, 4)}, "num_heads = 0 does not divide a width of 8"),
+        ({"depths": (1, 1, 1, 0)}, r"depths = \(1, 1, 1, 0\) and .*1 block"),
+        ({"stem_dim": 0}, "stem_dim = 0 are not allowed"),
         ({"scatter_stages": 5}, "scatter_stages = 5 .*0 to 4"),
         ({"mixing": "token"}, "mixing.*'token'.*channel and channel_token"),
         ({"dims": (6, 8, 12, 16)}, "dims = 6 .*multiples of 4"),

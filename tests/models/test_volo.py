@@ -142,6 +142,10 @@ def test_token_labelling_trains_both_of_its_heads():
         ({"patch_size": 2}, r"patch_size = 2 .*4, 8 or 16"),
         ({"use_mix_token": True}, "use_mix_token is fixed here.*volo:TokenLabelling"),
         ({"global_pool": "max"}, "global_pool = 'max' .*token, avg"),
+        ({"img_size": 0}, "img_size = 0 .*1 pixel"),
+        ({"layers": (1,)}, r"layers = \(1,\), .*one of each for every stage"),
+        ({"embed_dims": (8, 16)}, r"embed_dims = \(8, 16\) .*one of each"),
+        ({"num_heads": (3, 4, 4)}, "num_heads = 3 does not divide a width of 8"),
     ],
 )
 def test_options_that_do_not_fit_are_explained(options, message):

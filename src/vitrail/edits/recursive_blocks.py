@@ -102,9 +102,9 @@ def recursive(
         raise InputError(f"recursive: loops = {loops!r} is not allowed: give 2 passes or more")
     if not projection_ratio > 0:
         raise InputError(f"recursive: projection_ratio = {projection_ratio} is not allowed: give more than 0")
-    if len(groups) != 2 or min(groups) < 1:
+    if not isinstance(groups, Sequence) or len(groups) != 2 or min(groups) < 1:
         raise InputError(
-            f"recursive: groups = {tuple(groups)} is not allowed: give two numbers of 1 or more, of even and odd passes"
+            f"recursive: groups = {groups} is not allowed: give two numbers of 1 or more, of even and odd passes"
         )
 
     def matches(name: str, module: nn.Module) -> bool:

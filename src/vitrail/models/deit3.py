@@ -37,6 +37,9 @@ class DeiT3(VisionTransformer):
     Args:
         img_size: side in pixels that the positions are learned for, or height and width.
         patch_size: side of a patch.
+        embed_dim: width C.
+        depth: blocks.
+        num_heads: heads, which divide the width.
         drop_path_rate: share of the images that skip an addition, in [0, 1), the same for all blocks.
         init_values: what the scales of layers begin with.
         global_pool: ``token``, ``avg``, ``avgmax``, ``max``, or ``""`` with ``num_classes = 0``.
@@ -50,6 +53,9 @@ class DeiT3(VisionTransformer):
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
         drop_path_rate: float = 0.0,
         init_values: float = 1e-4,
         global_pool: str = "token",
@@ -61,10 +67,22 @@ class DeiT3(VisionTransformer):
         if not 0 <= drop_path_rate < 1:
             raise InputError(f"deit3: drop_path_rate = {drop_path_rate!r} is not allowed: give a number in [0, 1)")
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if min(*size, patch_size, depth) < 1:
+            raise InputError(
+                f"deit3: img_size = {img_size}, patch_size = {patch_size} and depth = {depth} are not allowed: give 1 "
+                "pixel and block or more"
+            )
+        if num_heads < 1 or embed_dim % num_heads:
+            raise InputError(
+                f"deit3: num_heads = {num_heads} does not divide embed_dim = {embed_dim}: give a divisor of it"
+            )
         net: Any = super().__init__  # timm names the poolings that it takes, which _pool has checked
         net(
             img_size=tuple(-(-side // patch_size) * patch_size for side in size),
             patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
             init_values=init_values,
             global_pool=_pool(global_pool, kwargs.get("num_classes", 1000)),
             no_embed_class=True,

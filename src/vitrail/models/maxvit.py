@@ -179,7 +179,7 @@ class MaxViT(MaxxVit):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        _refuse(stem_stride, embed_dim, depths, dim_head, window_size)
+        _refuse(stem_stride, stem_width, embed_dim, depths, dim_head, window_size)
         global_pooling(global_pool, num_classes)
         published = model_cfgs["maxvit_tiny_tf"]
         window = (window_size, window_size)
@@ -225,7 +225,14 @@ class MaxViT(MaxxVit):
         super().reset_classifier(num_classes, global_pool, reset_other)
 
 
-def _refuse(stem_stride: int, embed_dim: Sequence[int], depths: Sequence[int], dim_head: int, window_size: int) -> None:
+def _refuse(
+    stem_stride: int,
+    stem_width: int,
+    embed_dim: Sequence[int],
+    depths: Sequence[int],
+    dim_head: int,
+    window_size: int,
+) -> None:
     if stem_stride not in (1, 2):
         raise InputError(f"maxvit: stem_stride = {stem_stride} is not allowed: give 1 or 2")
     if len(embed_dim) != len(depths) or min(depths) < 1:
@@ -233,6 +240,8 @@ def _refuse(stem_stride: int, embed_dim: Sequence[int], depths: Sequence[int], d
             f"maxvit: embed_dim = {tuple(embed_dim)} and depths = {tuple(depths)} are not allowed: give one width, and "
             "1 block or more, for every stage"
         )
+    if stem_width < 1:
+        raise InputError(f"maxvit: stem_width = {stem_width} is not allowed: give 1 channel or more")
     if window_size < 1:
         raise InputError(f"maxvit: window_size = {window_size} is not allowed: give 1 place or more")
     for width in embed_dim:

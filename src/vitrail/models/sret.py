@@ -153,8 +153,8 @@ class SReT(StagedNet):
             stage the share of that stage's pass j.
 
     Raises:
-        InputError: entries of several lengths, passes that the blocks do not divide, widths or heads that do not fit, a
-            group of none, or a pooling that is not allowed.
+        InputError: an image of no pixels, entries of several lengths, passes that the blocks do not divide, widths or
+            heads that do not fit, a group of none, or a pooling that is not allowed.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class SReT(StagedNet):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        _check(dims, depths, blocks, num_heads, groups, stem_strides)
+        _check(img_size, dims, depths, blocks, num_heads, groups, stem_strides)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         stride = math.prod(stem_strides)
@@ -220,6 +220,7 @@ class SReT(StagedNet):
 
 
 def _check(
+    img_size: int,
     dims: Sequence[int],
     depths: Sequence[int],
     blocks: Sequence[int],
@@ -229,10 +230,14 @@ def _check(
 ) -> None:
     named = {"depths": depths, "blocks": blocks, "num_heads": heads, "groups": groups}
     for name, values in named.items():
+        if not isinstance(values, Sequence):
+            raise InputError(f"{name} = {values} is one number: give a list, with an entry for each of the stages")
         if len(values) != len(dims):
             raise InputError(
                 f"{name} = {tuple(values)} has {len(values)} entries and dims has {len(dims)}: give one for each stage"
             )
+    if img_size < 1:
+        raise InputError(f"img_size = {img_size} is not allowed: give 1 pixel or more")
     if len(strides) != 3 or min(strides) < 1:
         raise InputError(f"stem_strides = {tuple(strides)} is not allowed: give three of 1 or more")
     for before, dim in zip((1, *dims), dims):
@@ -245,9 +250,9 @@ def _check(
         if number < 1 or dim % number:
             raise InputError(f"num_heads = {number} does not divide a width of {dim}: give a divisor of it")
     for pair in groups:
-        if len(pair) != 2 or min(pair) < 1:
+        if not isinstance(pair, Sequence) or len(pair) != 2 or min(pair) < 1:
             raise InputError(
-                f"groups = {tuple(pair)} is not allowed: give two numbers of 1 or more, of even and odd passes"
+                f"groups = {pair} of a stage is not allowed: give two numbers of 1 or more, of even and odd passes"
             )
 
 

@@ -276,6 +276,10 @@ class SVT(StagedNet):
                 raise InputError(
                     f"{name} = {tuple(values)} has {len(values)} entries: give one for each of four stages"
                 )
+        if min(*depths, stem_dim) < 1:
+            raise InputError(
+                f"depths = {tuple(depths)} and stem_dim = {stem_dim} are not allowed: give 1 block and channel or more"
+            )
         for dim, heads in zip(dims, num_heads, strict=True):
             if heads < 1 or dim % heads:
                 raise InputError(f"num_heads = {heads} does not divide a width of {dim}: give a divisor of it")

@@ -77,16 +77,19 @@ class Volo(VOLO):
     """timm's VOLO of one stage of outlookers, for images of any size.
 
     Args:
+        layers: blocks of each stage, two stages or more; those of the first are outlookers.
         img_size: side in pixels that the embedding of positions is learned for, or height and width.
         patch_size: side and stride of the embedded patches: 4, 8 or 16.
         in_chans: input channels.
         stem_hidden_dim: channels of the convolutions before the patches.
         embed_dims: width of each stage.
+        num_heads: of each stage; they divide its width.
         **kwargs: as for ``timm.models.volo.VOLO``, but for ``downsamples``, ``outlook_attention`` and
             ``pooling_scale``, which are the published, and ``use_mix_token``: MixToken is a part of token labelling.
 
     Raises:
-        InputError: a patch size out of range, an option that is fixed here, or a pooling that does not exist.
+        InputError: a patch size out of range, an image of no pixels, stages of several numbers, heads that do not
+            divide a width, an option that is fixed here, or a pooling that does not exist.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Volo(VOLO):
         in_chans: int = 3,
         stem_hidden_dim: int = 64,
         embed_dims: tuple[int, ...] = (192, 384, 384, 384),
+        num_heads: tuple[int, ...] = (6, 12, 12, 12),
         global_pool: str = "token",
         **kwargs: Any,
     ) -> None:
@@ -107,9 +111,19 @@ class Volo(VOLO):
             raise InputError(
                 f"volo: {min(fixed)} is fixed here: leave it out; method.name=volo:TokenLabelling is what mixes tokens"
             )
+        if not len(layers) == len(embed_dims) == len(num_heads) > 1:
+            raise InputError(
+                f"volo: layers = {tuple(layers)}, embed_dims = {tuple(embed_dims)} and num_heads = {tuple(num_heads)} "
+                "are not allowed: give one of each for every stage, of two stages or more"
+            )
+        for width, heads in zip(embed_dims, num_heads, strict=True):
+            if heads < 1 or width % heads:
+                raise InputError(f"volo: num_heads = {heads} does not divide a width of {width}: give a divisor of it")
         if global_pool not in ("token", "avg", ""):
             raise InputError(f"volo: global_pool = {global_pool!r} is not allowed: give token, avg or ''")
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if min(size) < 1:
+            raise InputError(f"volo: img_size = {img_size} is not allowed: give 1 pixel or more")
         whole = [-(-side // (SCALE * patch_size)) * SCALE * patch_size for side in size]
         net: Any = super().__init__  # timm annotates one side where it takes two, and lists where it takes tuples
         net(
@@ -120,6 +134,7 @@ class Volo(VOLO):
             patch_size=patch_size,
             stem_hidden_dim=stem_hidden_dim,
             embed_dims=embed_dims,
+            num_heads=num_heads,
             pooling_scale=SCALE,
             **kwargs,
         )
