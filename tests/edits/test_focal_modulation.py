@@ -129,6 +129,9 @@ def test_every_attention_of_a_vit_is_replaced():
     assert logits.shape == (2, 3)
     (slope,) = torch.autograd.grad(logits.sum(), x)
     assert (slope.abs().amax((1, 2, 3)) > 0).all()
+    given = torch.randn(2, 9, 12, dtype=torch.float64)
+    assert torch.equal(found[0](given), found[0](given))
+    assert (found[0].train()(given) == 0).double().mean() == pytest.approx(0.3, abs=0.1)
 
 
 def test_the_class_token_depends_on_every_place_and_no_place_on_it():

@@ -64,6 +64,8 @@ def test_variants_are_as_published():
         assert model.stem.proj.stride == (16, 16)
     assert type(tiny.layers[0].blocks[0].norm1) is type(base.layers[0].blocks[0].norm1_post) is timms.LayerNorm2d
     assert isinstance(base.layers[0].blocks[0].norm1, torch.nn.Identity)
+    assert base.layers[0].blocks[0].ls1.init_values == 1e-4
+    assert {model.pretrained_cfg["crop_pct"] for model in (tiny, base)} == {0.9}
     assert nano.stem.proj.kernel_size == (3, 3)
 
 
