@@ -7,7 +7,7 @@ import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
-from exact import moved, normal
+from exact import moved, normal, same
 from vitrail.app.build import count_parameters
 from vitrail.app.check import check
 from vitrail.checks.convfirst import NETS, QUICK_NETS, arms
@@ -112,14 +112,7 @@ def slow_downsample(block, x):
 def test_a_block_is_the_slow_loop(make, slow, shape, training):
     torch.manual_seed(0)
     block, x = settled(make()).train(training), normal(*shape).requires_grad_()
-    found, expected = copy.deepcopy(block)(x), slow(block, x)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    towards = normal(*found.shape, seed=1)
-    parameters = [x, *block.parameters()]
-    wanted = torch.autograd.grad((expected * towards).sum(), parameters)
-    gradients = torch.autograd.grad((block(x) * towards).sum(), parameters)
-    for one, other in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+    same(block(x), slow(block, x), [x, *block.parameters()])
 
 
 def test_stochastic_depth_leaves_what_came_in():
@@ -174,6 +167,7 @@ def test_fusing_refuses_what_it_cannot():
 
 
 def test_the_net_is_stem_stages_mean_and_head():
+    assert {block.act for stage in tiny(act="silu").stages for block in stage.blocks} == {"silu"}
     model, x = settled(tiny()).eval(), normal(1, 3, 5, 6)
     inside = conv_norm(model.stem[0], x, stride=2).clamp(min=0)
     assert inside.shape == (1, 8, 3, 3)
@@ -244,6 +238,7 @@ def test_any_size_dense_features_and_weights_as_they_are():
         ({"dims": (8, 12, 16, 24)}, "dims = 12 .*multiples of the group width, 8"),
         ({"group_width": 0}, "group width, 0"),
         ({"depths": (1, 0, 1, 1)}, "depths = .*1 or more"),
+        ({"expansion": 0.1}, "expansion = 0.1 leaves no hidden channels"),
         ({"act": "gelu"}, "unknown activation 'gelu'.*relu"),
         ({"stem_stride": 4}, "stem_stride = 4 .*1 or 2"),
         ({"global_pool": "median"}, "global_pool = 'median'"),

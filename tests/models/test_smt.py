@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import group_parameters
 
-from exact import moved, normal
+from exact import moved, normal, same
 from vitrail.app.build import count_parameters
 from vitrail.checks.smt import ARMS
 from vitrail.errors import InputError
@@ -126,15 +126,7 @@ def test_a_layer_is_the_slow_loop(make, slow, size):
     torch.manual_seed(0)
     layer = moved(make()).eval()
     x = normal(2, *size, 12).requires_grad_()
-    ours, theirs = layer(x), torch.stack([slow(layer, image) for image in x])
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    given, weight = [x, *layer.parameters()], normal(*ours.shape, seed=9)
-    for got, wanted in zip(
-        torch.autograd.grad((ours * weight).sum(), given),
-        torch.autograd.grad((theirs * weight).sum(), given),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
+    same(layer(x), torch.stack([slow(layer, image) for image in x]), [x, *layer.parameters()])
 
 
 def layer_norm(layer, x, eps):
@@ -244,7 +236,9 @@ def test_variants_are_as_published():
         assert model.stages[0].embed[0].kernel_size[0] == (3 if name in ("t", "s") else 7)
         assert hasattr(model.stages[0].blocks[0].ls1, "gamma") == name.startswith("l")
         side = 384 if name == "l_384" else 224
-        assert model.pretrained_cfg["input_size"] == (3, side, side)
+        cfg = model.pretrained_cfg
+        assert cfg["input_size"] == (3, side, side)
+        assert (cfg["crop_pct"], cfg["crop_mode"]) == ((1.0, "squash") if name == "l_384" else (0.875, "center"))
 
 
 def test_blocks_attend_where_they_are_told_to():
@@ -339,6 +333,8 @@ def test_arms_of_the_check_are_of_one_size():
         ({"attention": ((0,),)}, "attention = .* has 1 entries"),
         ({"num_heads": (1, 1, 2, 5)}, "5 heads of attention do not divide a width of 8"),
         ({"num_heads": (0, 1, 2, 4)}, "0 heads of attention"),
+        ({"dims": (0, 4, 4, 8)}, r"dims = \(0, 4, 4, 8\) .*leaves a channel"),
+        ({"mlp_ratios": (4, 4, 0, 2)}, r"mlp_ratios = \(4, 4, 0, 2\) .*leaves a channel"),
         ({"kernels": (3, 5, 7)}, "3 heads of the modulation do not divide a width of 4"),
         ({"kernels": (3, 4)}, r"kernels = \(3, 4\) .*odd"),
         ({"kernels": ()}, r"kernels = \(\) .*odd"),

@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from vitrail.errors import InputError, unknown
 from vitrail.layers.block_fusion import ACTIVATIONS, FORMS, fused_block
-from vitrail.models.staged import StagedNet, cfg, create, nano_cfg, through_blocks
+from vitrail.models.staged import StagedNet, cfg, check_stages, create, nano_cfg, through_blocks
 
 GROUP_WIDTH = 8
 """Channels of a group: as many as a tensor core's product of 16-bit values once took at a time."""
@@ -209,20 +209,16 @@ class ConvFirstNet(StagedNet):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, values in {"dims": dims, "depths": depths}.items():
-            if len(values) != 4:
-                raise InputError(
-                    f"{name} = {tuple(values)} has {len(values)} entries: give one for each of four stages"
-                )
+        check_stages(stem_stride, (1, 2), dims=dims, depths=depths)
         for dim in dims:
             if group_width < 1 or dim < 1 or dim % group_width:
                 raise InputError(f"dims = {dim} is not allowed: give multiples of the group width, {group_width}")
         if min(depths) < 1:
             raise InputError(f"depths = {tuple(depths)} is not allowed: give 1 or more for each stage")
+        if int(expansion * min(dims)) < 1:
+            raise InputError(f"expansion = {expansion} leaves no hidden channels for dims = {tuple(dims)}: give more")
         if act not in ACTIVATIONS:
             raise unknown("activation", act, ACTIVATIONS)
-        if stem_stride not in (1, 2):
-            raise InputError(f"stem_stride = {stem_stride} is not allowed: give 1 or 2")
         options: dict[str, Any] = {"group_width": group_width, "act": act}
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths) - 4, device="cpu").tolist())
         self.num_classes = num_classes

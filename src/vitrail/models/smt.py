@@ -22,7 +22,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError, unknown
-from vitrail.models.staged import StagedNet, cfg, create, nano_cfg, through_blocks
+from vitrail.models.staged import StagedNet, cfg, check_stages, create, nano_cfg, through_blocks
 
 AGGREGATIONS = ("across", "within", "none")
 """What a group of the aggregation holds: a channel of each head, as published, or neighbours in a head; or none is."""
@@ -238,25 +238,17 @@ class SMT(StagedNet):
         super().__init__()
         if attention is None:
             attention = [(), (), range(1, depths[2], 2), range(depths[3])] if len(depths) == 4 else [()] * 4
-        by_stage = {
-            "dims": dims,
-            "depths": depths,
-            "mlp_ratios": mlp_ratios,
-            "num_heads": num_heads,
-            "attention": attention,
-        }
-        for name, values in by_stage.items():
-            if len(values) != 4:
-                raise InputError(
-                    f"{name} = {tuple(values)} has {len(values)} entries: give one for each of four stages"
-                )
+        more: dict[str, Sequence[Any]] = {"mlp_ratios": mlp_ratios, "num_heads": num_heads, "attention": attention}
+        check_stages(stem_stride, dims=dims, depths=depths, **more)
+        if min(dims) < 1 or min(int(dim * ratio) for dim, ratio in zip(dims, mlp_ratios, strict=True)) < 1:
+            raise InputError(
+                f"dims = {tuple(dims)} with mlp_ratios = {tuple(mlp_ratios)} is not allowed: give what leaves a channel"
+            )
         for width in kernels or (0,):
             if width < 1 or width % 2 == 0:
                 raise InputError(f"kernels = {tuple(kernels)} is not allowed: give odd widths of 1 place or more")
         if stem_kernel < 1 or stem_kernel % 2 == 0:
             raise InputError(f"stem_kernel = {stem_kernel} is not allowed: give an odd width of 1 pixel or more")
-        if stem_stride not in (2, 4):
-            raise InputError(f"stem_stride = {stem_stride} is not allowed: give 2 or 4")
         if aggregation not in AGGREGATIONS:
             raise unknown("aggregation", aggregation, AGGREGATIONS)
         for dim, depth, heads, attends in zip(dims, depths, num_heads, attention, strict=True):
