@@ -69,8 +69,19 @@ def test_the_authors_checkpoints_are_unpacked():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"stem_stride": 3}, "stem_stride = 3 .*1, 2 or 4"), ({"global_pool": ""}, "global_pool = '' .*num_classes = 0")],
+    [
+        ({"stem_stride": 3}, "stem_stride = 3 .*1, 2 or 4"),
+        ({"dims": (8, 8)}, r"dims = \(8, 8\) .*each of 1 to 4 stages"),
+        ({"depths": (1,) * 5, "dims": (8,) * 5}, "1 to 4 stages"),
+        ({"global_pool": "median"}, "global_pool = 'median' .*avg, max"),
+        ({"global_pool": ""}, "global_pool = '' .*num_classes = 0"),
+    ],
 )
 def test_options_that_do_not_fit_are_explained(options, message):
     with pytest.raises(InputError, match=message):
         InceptionNeXt(**{**TINY, **options})
+
+
+def test_a_pooling_without_classifier_is_refused_later_too():
+    with pytest.raises(InputError, match=r"global_pool = '' .*num_classes = 0"):
+        InceptionNeXt(num_classes=2, **TINY).reset_classifier(2, "")

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.inception_next import InceptionDWConv2d, MetaNeXt
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
 from vitrail.layers.padded_conv import PaddedConv2d
+from vitrail.layers.pooling import global_pooling
+from vitrail.models.staged import nano_cfg
 
 
 class InceptionNeXt(MetaNeXt):
@@ -25,19 +28,21 @@ class InceptionNeXt(MetaNeXt):
     Args:
         stem_stride: side and stride of the stem's patches: 1, 2 or 4.
         in_chans: input channels.
+        depths: blocks of each of one to four stages.
         dims: width per stage.
         num_classes: 0 leaves the classifier off.
         global_pool: as timm's, or ``""`` with ``num_classes = 0``: no pooling, and no layers of the head.
         **kwargs: as for ``timm.models.inception_next.MetaNeXt``.
 
     Raises:
-        InputError: a stride out of range, or no pooling with a classifier.
+        InputError: a stride or a number of stages out of range, or a pooling that does not go with a classifier.
     """
 
     def __init__(
         self,
         stem_stride: int = 4,
         in_chans: int = 3,
+        depths: tuple[int, ...] = (3, 3, 9, 3),
         dims: tuple[int, ...] = (96, 192, 384, 768),
         num_classes: int = 1000,
         global_pool: str = "avg",
@@ -45,7 +50,13 @@ class InceptionNeXt(MetaNeXt):
     ) -> None:
         if stem_stride not in (1, 2, 4):
             raise InputError(f"inception_next: stem_stride = {stem_stride!r} is not allowed: give 1, 2 or 4")
-        super().__init__(in_chans, num_classes, global_pool or "avg", dims=dims, **kwargs)
+        if not 1 <= len(depths) == len(dims) <= 4:
+            raise InputError(
+                f"inception_next: depths = {tuple(depths)} with dims = {tuple(dims)} is not allowed: give a number of "
+                "blocks and a width for each of 1 to 4 stages"
+            )
+        global_pooling(global_pool, num_classes)  # refuses what does not go together
+        super().__init__(in_chans, num_classes, global_pool or "avg", depths=depths, dims=dims, **kwargs)
         place = next(self.parameters())
         stem = PaddedConv2d(in_chans, dims[0], stem_stride, stem_stride, device=place.device, dtype=place.dtype)
         self._init_weights(stem)
@@ -59,11 +70,11 @@ class InceptionNeXt(MetaNeXt):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """Set the number of classes and the pooling; ``""`` returns the features as they are."""
+        if global_pool is not None:
+            global_pooling(global_pool, num_classes)
         if global_pool != "":
             pool = "avg" if global_pool is None and not self.global_pool else global_pool
             super().reset_classifier(num_classes, pool, reset_other)
-        elif num_classes:
-            raise InputError("inception_next: global_pool = '' goes with num_classes = 0 alone: give 'avg', 'max' ...")
         else:
             self.num_classes, self.global_pool = 0, ""
 
@@ -83,23 +94,10 @@ def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> dict[str
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 10,
-        "input_size": (3, 32, 32),
-        "pool_size": (2, 2),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "stem.0",
-        "classifier": "head.fc2",
-        "license": "apache-2.0",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs({"inception_next_nano": _cfg()})
+_published = {"interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+default_cfgs = generate_default_cfgs(
+    {"inception_next_nano": nano_cfg(**_published, first_conv="stem.0", classifier="head.fc2", license="apache-2.0")}
+)
 
 
 @register_model
