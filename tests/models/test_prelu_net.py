@@ -129,6 +129,7 @@ def test_the_checks_plain_net_has_thirty_layers():
     [
         ({"depths": (1,)}, r"depths = \(1,\) .*for each stage"),
         ({"depths": (1, 0)}, r"depths = \(1, 0\)"),
+        ({"hidden": 0}, "hidden = 0 .*one channel"),
         ({"stem_kernel": 4}, "stem_kernel = 4 .*odd side"),
         ({"stem_stride": 0}, "stem_stride = 0"),
         ({"levels": (2, 0)}, r"levels = \(2, 0\) .*1 or more"),

@@ -198,6 +198,7 @@ def test_halves_of_the_rule():
         ({"layers": (1, 1, 1)}, r"layers = \(1, 1, 1\) .*4 stages"),
         ({"layers": (1, 0, 1, 1)}, r"layers = \(1, 0, 1, 1\)"),
         ({"width": 0}, "width = 0 .*above 0"),
+        ({"width": float("inf")}, "width = inf .*above 0"),
         ({"stem_stride": 3}, "stem_stride = 3 .*1, 2 or 4"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate = 1\.0 .*\[0, 1\)"),
         ({"global_pool": "median"}, "global_pool = 'median' .*avg, max"),

@@ -193,6 +193,7 @@ def test_the_authors_checkpoints_are_renamed():
         ({"layers": (1, 0)}, r"layers = \(1, 0\)"),
         ({"layers": (), "channels": ()}, "1 to 4 stages"),
         ({"stem_stride": 3}, "stem_stride = 3 .*1, 2 or 4"),
+        ({"cardinality": 2.5}, "cardinality = 2.5 .*whole number"),
         ({"cardinality": 0}, "0 paths .*at least one path"),
         ({"cardinality": 0, "base_width": None}, "cardinality = 0"),
         ({"base_width": 15}, r"base_width = 15 .*base_width = 16\.0"),

@@ -128,6 +128,11 @@ class PReLUNet(StagedNet):
                 f"prelu_net: depths = {tuple(depths)} with widths = {tuple(widths)} is not allowed: give one or more "
                 "layers and a width for each stage"
             )
+        if min(stem_width, hidden, *widths) < 1:
+            raise InputError(
+                f"prelu_net: stem_width = {stem_width}, widths = {tuple(widths)} and hidden = {hidden} are not "
+                "allowed: give one channel or more everywhere"
+            )
         if stem_kernel % 2 != 1 or stem_stride < 1:
             raise InputError(
                 f"prelu_net: stem_kernel = {stem_kernel} with stem_stride = {stem_stride} is not allowed: "

@@ -74,7 +74,7 @@ class ResNetRS(ResNet):
     ) -> None:
         if len(layers) != 4 or min(layers) < 1:
             raise InputError(f"resnet_rs: layers = {layers!r} is not allowed: give a number of blocks for 4 stages")
-        if not width > 0:
+        if not 0 < width < math.inf:
             raise InputError(f"resnet_rs: width = {width!r} is not allowed: give a number above 0")
         if stem_stride not in (1, 2, 4):
             raise InputError(f"resnet_rs: stem_stride = {stem_stride!r} is not allowed: give 1, 2 or 4")

@@ -104,6 +104,8 @@ class ResNeXt(ResNet):
             )
         if stem_stride not in (1, 2, 4):
             raise InputError(f"resnext: stem_stride = {stem_stride!r} is not allowed: give 1, 2 or 4")
+        if not isinstance(cardinality, int):
+            raise InputError(f"resnext: cardinality = {cardinality!r} is not allowed: give a whole number of paths")
         width = preserved_width(cardinality) if base_width is None else base_width
         if cardinality < 1 or min(channels) * width < TEMPLATE:
             raise InputError(
