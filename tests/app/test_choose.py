@@ -1,6 +1,9 @@
 import pytest
+import torch
 
 from vitrail.app.choose import recommend
+from vitrail.app.plan import resolve
+from vitrail.errors import InputError
 from vitrail.models.factory import model_names
 from vitrail.training.recipe import Recipe, recipe_keys
 
@@ -38,3 +41,12 @@ def test_digits_are_not_mirrored_and_small_images_need_no_big_net():
 def test_little_time_means_fewer_pixels():
     sizes = [recommend(**CASES["clip art"], train_seconds=s)["model.img_size"] for s in (60, 3600)]
     assert sizes == [160, 224]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator computes in fp16")
+def test_fp16_is_refused_before_anything_is_measured():
+    index = None  # not asked for anything
+    with pytest.raises(
+        InputError, match=r"train\.precision = 'fp16' cannot be used on 'cpu'; .*--set train\.precision"
+    ):
+        resolve(Recipe.from_dict({"train": {"precision": "fp16"}}), index, 8, None, print)

@@ -26,7 +26,7 @@ from vitrail.errors import InputError
 from vitrail.models.factory import create_model
 from vitrail.models.pretrained import packaged_weights
 from vitrail.training.cpu import Switches, tune_for_cpu
-from vitrail.training.device import resolved
+from vitrail.training.device import require_precision, resolved
 from vitrail.training.freeze import freeze
 from vitrail.training.probe import largest_batch, measure_step
 from vitrail.training.recipe import Recipe
@@ -69,8 +69,10 @@ def resolve(asked: Recipe, index: Index, median_side: int, deadline: float | Non
         say: told what was measured.
 
     Raises:
-        InputError: neither a budget nor a number of epochs, or a latency that no image size meets.
+        InputError: neither a budget nor a number of epochs, a precision that this machine does not have, or a latency
+            that no image size meets.
     """
+    require_precision(asked)  # before a probe that may take minutes
     recipe = asked.model_copy(deep=True)
     wanted = recipe.model.pretrained != "none" and recipe.model.name in ("auto", "tf_efficientnet_lite0")
     if deadline is None and recipe.train.epochs == "auto":

@@ -34,6 +34,18 @@ def require_resolved(recipe: Recipe) -> None:
         raise InputError(f"the recipe leaves {', '.join(keys)} at 'auto'; give values, or use `vitrail fit`")
 
 
+def _without_fp16(device: str) -> InputError:
+    return InputError(
+        f"train.precision = 'fp16' cannot be used on {device!r}; use 'bf16' or 'fp32', as by --set train.precision=fp32"
+    )
+
+
+def require_precision(recipe: Recipe) -> None:
+    """Raise an ``InputError`` if there is no accelerator and the recipe asks for what only one computes in."""
+    if recipe.train.precision == "fp16" and not torch.accelerator.is_available():
+        raise _without_fp16("cpu")
+
+
 def create_accelerator(recipe: Recipe) -> Accelerator:
     """Build the accelerator for the recipe's precision, on the best device or as ``accelerate launch`` says."""
     # Its state is one per process and refuses another precision, but a comparison trains several recipes in turn.
@@ -44,9 +56,7 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     except ValueError as error:
         raise InputError(f"train.precision = {precision!r} cannot be used here: {error}") from None
     if precision == "fp16" and accelerator.scaler is None:
-        raise InputError(
-            f"train.precision = 'fp16' cannot be used on {accelerator.device.type!r}; use 'bf16' or 'fp32'"
-        )
+        raise _without_fp16(accelerator.device.type)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise InputError(
             f"accelerate is set to {accelerator.distributed_type}; only plain data parallelism is supported: "
