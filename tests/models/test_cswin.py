@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock
 
 from exact import moved, normal, same
+from nets import pyramid
 from vitrail.app.build import count_parameters
 from vitrail.checks.cswin import NET, reach_of_blocks, shifted_windows
 from vitrail.errors import InputError
@@ -143,6 +144,12 @@ def test_a_block_adds_its_attention_and_its_feed_forward():
     torch.testing.assert_close(block(x), y + block.mlp.fc2(hidden), rtol=1e-9, atol=1e-9)
 
 
+def test_stochastic_depth_is_of_both_branches():
+    x = torch.randn(2, 3, 2, 8)
+    torch.manual_seed(0)
+    assert torch.equal(Block(8, CrossShapedAttention(8, 2, 1), 2.0, drop_path=0.999).train()(x), x)
+
+
 def test_a_stage_merges_then_runs_its_blocks():
     block = Block(8, CrossShapedAttention(8, 2, 1), 2.0, drop_path=0)
     stage = moved(Stage(4, 8, [block, block]))
@@ -244,10 +251,7 @@ def authors_order(model, key, value):
 
 
 def test_any_size_dense_features_and_pooling():
-    features = create_model("cswin_nano", num_classes=10, features_only=True, out_indices=(0, 2, 3)).eval()
-    maps = features(torch.randn(1, 3, 45, 61))
-    assert [tuple(m.shape[1:]) for m in maps] == [(16, 23, 31), (64, 6, 8), (128, 3, 4)]
-    assert features.feature_info.reduction() == [2, 8, 16]
+    assert pyramid("cswin_nano", 0, 2, 3) == ([(16, 23, 31), (64, 6, 8), (128, 3, 4)], [2, 8, 16])
     model = tiny(num_classes=0, global_pool="")
     assert model(torch.zeros(1, 3, 17, 33)).shape == (1, 64, 2, 3)
     model.reset_classifier(4, "max")

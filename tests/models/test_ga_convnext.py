@@ -9,7 +9,7 @@ from exact import moved, normal
 from vitrail.checks.ga_heads import correlation, of_heads
 from vitrail.errors import InputError
 from vitrail.models import create_model, ga_convnext
-from vitrail.models.ga_convnext import Aggregate, GAConvNeXt, checkpoint_filter_fn
+from vitrail.models.ga_convnext import Aggregate, GAConvNeXt, checkpoint_filter_fn, default_cfgs
 
 TINY = {
     "num_classes": 3,
@@ -108,6 +108,7 @@ def test_variants_are_as_published(monkeypatch):
         assert own["dims"] == (dim, 2 * dim, 4 * dim, int(name.split("_")[1]))
         assert (own["between"], own["width"], own["heads"], own["gram_dim"]) == (between, width, 5, 192)
         assert own["stem_stride"] == 4
+        assert default_cfgs[f"ga_convnext_{name}"].default.crop_pct == 0.875
 
 
 def authors_name(key):

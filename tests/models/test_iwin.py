@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock
 
 from exact import moved, normal
+from nets import pyramid
 from vitrail.app.build import count_parameters
 from vitrail.checks.iwin import NET, Neighbours, reach_of_blocks, shifted_windows, windows_of_neighbours
 from vitrail.errors import InputError
@@ -170,6 +171,7 @@ def test_a_net_for_clips_adds_times_and_interpolates_them():
             model.forward_features(x).movedim(1, -1), model.norm(model.stages(stem).movedim(1, -1))
         )
     assert model.no_weight_decay() == {"time_embed"}
+    assert tiny(frames=5).time_embed.shape == (1, 4, 3, 1, 1)
     assert "time_embed" in dict(model.named_parameters())
     pooled = model.forward_features(x).mean((2, 3, 4))
     torch.testing.assert_close(model.forward_head(model.forward_features(x), pre_logits=True), pooled)
@@ -246,10 +248,7 @@ def test_weights_of_clips_and_of_images_begin_a_net_for_clips():
 
 
 def test_any_size_dense_features_and_pooling():
-    features = create_model("iwin_nano", num_classes=10, features_only=True, out_indices=(0, 2, 3)).eval()
-    maps = features(torch.randn(1, 3, 45, 61))
-    assert [tuple(m.shape[1:]) for m in maps] == [(16, 23, 31), (64, 6, 8), (128, 3, 4)]
-    assert features.feature_info.reduction() == [2, 8, 16]
+    assert pyramid("iwin_nano", 0, 2, 3) == ([(16, 23, 31), (64, 6, 8), (128, 3, 4)], [2, 8, 16])
     model = tiny(num_classes=0, global_pool="")
     assert model(torch.zeros(1, 3, 17, 33)).shape == (1, 32, 2, 3)
     model.reset_classifier(4, "max")

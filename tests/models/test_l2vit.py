@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from exact import moved, normal, same
+from nets import pyramid
 from vitrail.app.build import count_parameters
 from vitrail.checks.l2vit import (
     ARMS,
@@ -195,6 +196,15 @@ def test_a_global_block_is_its_parts_in_order(concentration):
     torch.testing.assert_close(block(x), y + feed_forward(block, y, 2), rtol=1e-9, atol=1e-9)
 
 
+def test_stochastic_depth_is_of_all_but_the_encodings():
+    x = torch.randn(2, 3, 4, 6)
+    torch.manual_seed(0)
+    block = LocalBlock(6, 2, 2, 2.0, drop_path=0.999).train()
+    torch.testing.assert_close(block(x), block.cpe[1](block.cpe[0](x)))
+    block = GlobalBlock(6, GlobalAttention(6, 2), 2.0, concentration=True, drop_path=0.999).train()
+    torch.testing.assert_close(block(x), block.cpe(x))
+
+
 @pytest.mark.parametrize("size", [(4, 6), (3, 5)])
 def test_a_stage_norms_fills_up_halves_and_runs_its_blocks(size):
     block = LocalBlock(6, 2, 2, 2.0, drop_path=0)
@@ -264,7 +274,9 @@ def test_variants_are_as_published(monkeypatch):
         assert (options["attention"], options["concentration"], options["floor"]) == ("linear", True, 100)
         assert (options["mlp_ratio"], options["stem_stride"]) == (4, 4)
         side = 384 if "384" in name else 224
-        assert default_cfgs[f"l2vit_{name}"].default.input_size == (3, side, side)
+        found = default_cfgs[f"l2vit_{name}"].default
+        assert found.input_size == (3, side, side)
+        assert (found.crop_pct, found.crop_mode) == ((1.0, "squash") if "384" in name else (0.875, "center"))
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -305,10 +317,7 @@ def authors_name(key):
 
 
 def test_any_size_dense_features_and_pooling():
-    features = create_model("l2vit_nano", num_classes=10, features_only=True, out_indices=(0, 2, 3)).eval()
-    maps = features(torch.randn(1, 3, 45, 61))
-    assert [tuple(m.shape[1:]) for m in maps] == [(16, 23, 31), (64, 6, 8), (128, 3, 4)]
-    assert features.feature_info.reduction() == [2, 8, 16]
+    assert pyramid("l2vit_nano", 0, 2, 3) == ([(16, 23, 31), (64, 6, 8), (128, 3, 4)], [2, 8, 16])
     model = tiny(num_classes=0, global_pool="")
     assert model(torch.zeros(2, 3, 17, 33)).shape == (2, 16, 2, 3)
     model.reset_classifier(4, "max")

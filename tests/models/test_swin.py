@@ -125,6 +125,14 @@ def test_a_block_is_two_branches(kind):
     torch.testing.assert_close(block(x), inside + block.mlp.fc2(hidden))
 
 
+def test_stochastic_depth_is_of_both_branches():
+    x = torch.randn(2, 5, 4, 4)
+    torch.manual_seed(0)
+    for kind, options in ((MixerBlock, {}), (Block, {"input_resolution": (3, 3), "dynamic_mask": True})):
+        block = kind(dim=4, num_heads=2, window_size=(3, 3), shift_size=(1, 1), drop_path=0.999, **options).train()
+        assert torch.equal(block(x), x)
+
+
 def test_masks_are_timms_where_windows_divide_the_map():
     timms = timm.models.swin_transformer.SwinTransformerBlock(4, (8, 12), 1, window_size=4, shift_size=2)
     ours = _strangers((8, 12), (8, 12), (4, 4), (2, 2), torch.device("cpu"))
@@ -231,6 +239,7 @@ def test_variants_are_as_published(name, heads, windows):
         assert (block.num_heads if "mixer" in name else block.attn.num_heads) == wanted
         assert block.window_size == (windows, windows)
     assert isinstance(net.layers[0].blocks[0], MixerBlock if "mixer" in name else Block)
+    assert net.pretrained_cfg["crop_pct"] == 0.9
 
 
 @pytest.mark.parametrize("mixer", ["attention", "mlp"])

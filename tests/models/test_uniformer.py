@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from timm.models import group_parameters
 
-from exact import moved, normal
+from exact import moved, normal, same
 from vitrail.app.build import count_parameters
 from vitrail.checks.uniformer import ARMS, FRAMES, SIDE, digits_in_motion, net_of
 from vitrail.errors import InputError
-from vitrail.models import create_model
+from vitrail.models import create_model, uniformer
 from vitrail.models.uniformer import (
     Block,
     ConvEmbed,
@@ -93,18 +93,19 @@ def test_a_block_is_the_slow_loop(grid, num_heads):
     block = moved(Block(6, len(grid), num_heads, 1.5, drop_path=0, layer_scale=0.5)).eval()
     x = normal(2, *grid, 6).requires_grad_()
     ours, theirs = block(x), torch.stack([slow_block(block, one) for one in x])
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    given, weight = [x, *block.parameters()], normal(*ours.shape, seed=9)
-    for got, wanted in zip(
-        torch.autograd.grad((ours * weight).sum(), given),
-        torch.autograd.grad((theirs * weight).sum(), given),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
+    same(ours, theirs, [x, *block.parameters()])
     assert block.mlp.fc1.out_features == 9
     if num_heads:
         assert isinstance(block.mixer, Global)
         assert block.norm1.eps == block.norm2.eps == 1e-6
+
+
+@pytest.mark.parametrize("num_heads", [None, 2], ids=["local", "global"])
+def test_stochastic_depth_is_of_all_but_the_position_embedding(num_heads):
+    x = torch.randn(2, 3, 4, 6)
+    torch.manual_seed(0)
+    block = Block(6, 2, num_heads, 2.0, drop_path=0.999, layer_scale=0).train()
+    torch.testing.assert_close(block(x), x + block.pos_embed(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 2)])
@@ -195,7 +196,7 @@ def test_weights_begin_as_published():
     assert torch.equal(model.stages[3].blocks[0].ls2.gamma.detach(), torch.full((128,), 1e-6))
 
 
-def test_variants_are_as_published():
+def test_variants_are_as_published(monkeypatch):
     names = ("small", "small_dim32", "small_plus", "small_plus_dim64", "base", "base_dim32", "base_ls", "large_ls")
     for name in names:
         with torch.device("meta"):
@@ -207,9 +208,16 @@ def test_variants_are_as_published():
         scaled = [hasattr(stage.blocks[0].ls1, "gamma") for stage in model.stages]
         assert scaled == [name == "large_ls"] * 2 + [name.endswith("ls")] * 2
         assert isinstance(model.stages[0].embed, ConvEmbed) == ("plus" in name)
+        assert model.pretrained_cfg["crop_pct"] == 0.875
     with torch.device("meta"):
         assert count_parameters(uniformer_video_small()) == 21_400_400
         assert count_parameters(uniformer_video_base()) == 49_813_200
+    made = {}
+    monkeypatch.setattr(uniformer, "create", lambda kind, name, pretrained, weights, **own: made.update({name: own}))
+    uniformer.uniformer_base_ls()
+    uniformer.uniformer_large_ls()
+    assert made["uniformer_base_ls"]["layer_scale"] == (0, 0, 1e-6, 1e-6)
+    assert made["uniformer_large_ls"]["layer_scale"] == (1e-6,) * 4
 
 
 @pytest.mark.parametrize("options", [{}, {"axes": 3}, {"overlap": True}], ids=["images", "clips", "overlap"])
@@ -264,9 +272,9 @@ def test_an_images_net_becomes_the_beginning_of_a_clips_net():
     many = still.expand(-1, -1, 31, -1, -1)  # long enough that places in the middle see no end
     inside = clip.stages[0](many)[:, :, 8]
     torch.testing.assert_close(inside, image.stages[0](still[:, :, 0]), rtol=1e-4, atol=1e-5)
-    same = tiny(axes=3)
-    assert torch.equal(inflate(image.state_dict(), same)["head.weight"], image.head.weight)
-    for key, value in inflate(image.state_dict(), same).items():
+    other = tiny(axes=3)
+    assert torch.equal(inflate(image.state_dict(), other)["head.weight"], image.head.weight)
+    for key, value in inflate(image.state_dict(), other).items():
         if value.ndim == 5:
             mean = image.state_dict()[key] / value.shape[2]
             assert all(torch.equal(part, mean) for part in value.unbind(2)), key
