@@ -88,7 +88,7 @@ def test_positions_of_another_size_are_interpolated():
     net = tiny(mixer="full").eval()
     with torch.no_grad():
         net.pos_embed[:, 1:] = torch.arange(4.0).repeat_interleave(4)[None, :, None]
-    x, grid = net._embedded(torch.zeros(1, 3, 32, 8))
+    (x, _), grid = net.begin(torch.zeros(1, 3, 32, 8))
     rows = (x[:, 1:] - net.patch_embed.proj.bias).unflatten(1, grid)
     assert grid == (8, 2)
     torch.testing.assert_close(rows[:, :, :1].expand_as(rows), rows)

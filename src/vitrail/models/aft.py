@@ -17,14 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError, unknown
-from vitrail.layers.aft import AFT, AFTConv, AFTFull, AFTLocal, AFTSimple, Grid, State
+from vitrail.layers.aft import AFT, AFTConv, AFTFull, AFTLocal, AFTSimple, Grid
+from vitrail.layers.aft import State as Kept
 from vitrail.layers.positions import resampled
-from vitrail.models.staged import cfg, nano_cfg
+from vitrail.models.plain import PlainNet, State, create_plain, plain_cfg, plain_nano_cfg
 
 MIXERS = ("conv", "full")
 CAUSAL_MIXERS = ("local", "simple", "full", "conv")
@@ -58,7 +58,7 @@ class Block(nn.Module):
         x = x + self.drop_path(self.drop(self.mixer(self.norm1(x), grid)))
         return x + self.drop_path(self.drop(self.mlp(self.norm2(x))))
 
-    def step(self, x: Tensor, state: State | None, grid: Grid) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, state: Kept | None, grid: Grid) -> tuple[Tensor, Kept]:
         """Return the output (B, C) at one more position, and what the layer keeps."""
         mixer: Any = self.mixer
         mixed, state = mixer.step(self.norm1(x), state, grid)
@@ -77,7 +77,7 @@ def _init_weights(module: nn.Module) -> None:
 # ---- classification --------------------------------------------------------------------------------------------------
 
 
-class AFTNet(nn.Module):
+class AFTNet(PlainNet):
     """A classifier with timm's surface; features at one stride after any block, for images of any size.
 
     Args:
@@ -102,6 +102,8 @@ class AFTNet(nn.Module):
         InputError: a mixer or a pooling that there is not, or a number that is not allowed.
     """
 
+    BEFORE = r"^(?:cls_token|pos_embed|patch_embed)"
+
     def __init__(
         self,
         img_size: int = 224,
@@ -125,9 +127,7 @@ class AFTNet(nn.Module):
         for name, value in (("img_size", img_size), ("patch_size", patch_size), ("depth", depth)):
             if value < 1:
                 raise InputError(f"{name} = {value} is not allowed: give 1 or more")
-        self.num_classes = num_classes
         self.num_features = self.head_hidden_size = embed_dim
-        self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(
             None, patch_size, in_chans, embed_dim, flatten=False, strict_img_size=False, dynamic_img_pad=True
         )
@@ -161,50 +161,29 @@ class AFTNet(nn.Module):
             return {"*.mixer.bias.weight"}
         return {"cls_token", "pos_embed", "*.mixer.bias.*"}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns that put parameters into groups by depth."""
-        stem = r"^patch_embed" if self.cls_token is None else r"^(?:cls_token|pos_embed|patch_embed)"
-        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))]}
+    def pools(self) -> tuple[str, ...]:
+        """Return what ``global_pool`` may be."""
+        return POOLS if self.cls_token is not None else POOLS[1:]
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in the backward pass instead of keeping what is inside them."""
-        self.grad_checkpointing = enable
+    def begin(self, x: Tensor) -> tuple[State, Grid]:
+        """Return the sequence (B, L, C), the class token first, and the grid of its patches, which layers need too."""
+        x = self.patch_embed(x)
+        grid = (x.shape[2], x.shape[3])
+        x = x.flatten(2).transpose(1, 2)
+        if self.cls_token is not None and self.pos_embed is not None:
+            token, patches = self.pos_embed.split([1, self.grid[0] * self.grid[1]], 1)
+            places = resampled(patches.unflatten(1, self.grid), grid).flatten(1, 2)
+            x = torch.cat([(self.cls_token + token).expand(len(x), -1, -1), x + places], 1)
+        return (x, grid), grid
 
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier of the pooled features."""
-        return self.head
+    def pass_through(self, block: nn.Module, *state: Any) -> State:
+        """Return the state after a block."""
+        return block(*state), state[1]
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, on the device and in the type of the present weights.
-
-        Args:
-            num_classes: outputs; 0 leaves the pooled features.
-            global_pool: as in the constructor; None leaves it. ``""``, without classifier, gives ``forward_features``.
-
-        Raises:
-            InputError: a pooling that does not exist, or none for a classifier.
-        """
-        self.num_classes = num_classes
-        if global_pool is not None:
-            allowed = [name for name in POOLS if name != "token" or self.cls_token is not None]
-            if global_pool not in allowed or (num_classes and not global_pool):
-                listed = " or ".join(name for name in allowed if name)
-                raise InputError(
-                    f"global_pool = {global_pool!r} is not allowed: give {listed}, or '' with num_classes = 0"
-                )
-            self.global_pool = global_pool
-        self.head: nn.Module = nn.Identity()
-        if num_classes:
-            place = self.patch_embed.proj.weight
-            self.head = nn.Linear(self.num_features, num_classes, device=place.device, dtype=place.dtype)
-            self.head.apply(_init_weights)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Return (B, L, C), the class token first."""
-        x, grid = self._embedded(x)
-        for block in self.blocks:
-            x = self._through(block, x, grid)
-        return self.norm(x)
+    def places(self, state: State, grid: tuple[int, ...]) -> Tensor:
+        """Return the patches."""
+        found: Tensor = state[0][:, self.num_prefix_tokens :]
+        return found
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits, or with ``pre_logits`` the pooled features (B, C)."""
@@ -213,73 +192,6 @@ class AFTNet(nn.Module):
         elif self.global_pool:
             x = x[:, self.num_prefix_tokens :].mean(1)
         return x if pre_logits else self.head(self.drop(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, classes)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Return what blocks give for the patches, and the final features.
-
-        Args:
-            x: (B, in_chans, H, W).
-            indices: of blocks; a number means as many of the last, None all.
-            norm: whether the last norm is applied to each.
-            stop_early: do not go on behind the last block of ``indices``.
-            output_fmt: ``"NCHW"``, (B, C, h, w), or ``"NLC"``, (B, N, C).
-            intermediates_only: return the list alone.
-
-        Returns:
-            A list, or (final features, list).
-
-        Raises:
-            InputError: another format.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise InputError(f"output_fmt = {output_fmt!r} is not allowed: give NCHW or NLC")
-        taken, last = feature_take_indices(len(self.blocks), indices)
-        x, grid = self._embedded(x)
-        found = []
-        for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._through(block, x, grid)
-            if index in taken:
-                patches = (self.norm(x) if norm else x)[:, self.num_prefix_tokens :]
-                found.append(patches.transpose(1, 2).unflatten(2, grid) if output_fmt == "NCHW" else patches)
-        return found if intermediates_only else (self.norm(x), found)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the blocks behind the last of ``indices``, the norm and the head; return the indices, counted anew."""
-        taken, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0)
-        return list(taken)
-
-    def _embedded(self, x: Tensor) -> tuple[Tensor, Grid]:
-        """Return the sequence (B, L, C) and the grid of its patches."""
-        x = self.patch_embed(x)
-        grid = (x.shape[2], x.shape[3])
-        x = x.flatten(2).transpose(1, 2)
-        if self.cls_token is not None and self.pos_embed is not None:
-            token, patches = self.pos_embed.split([1, self.grid[0] * self.grid[1]], 1)
-            places = resampled(patches.unflatten(1, self.grid), grid).flatten(1, 2)
-            x = torch.cat([(self.cls_token + token).expand(len(x), -1, -1), x + places], 1)
-        return x, grid
-
-    def _through(self, block: nn.Module, x: Tensor, grid: Grid) -> Tensor:
-        return checkpoint(block, x, grid) if self.grad_checkpointing and self.training else block(x, grid)
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
@@ -426,7 +338,7 @@ class PixelAFT(nn.Module):
         nats = F.cross_entropy(self.logits(values).float().flatten(0, 1), values.flatten(), reduction="none")
         return nats.view(values.shape).mean(1) / math.log(2)
 
-    def step(self, values: Tensor | None, states: list[State] | None, batch: int = 1) -> tuple[Tensor, list[State]]:
+    def step(self, values: Tensor | None, states: list[Kept] | None, batch: int = 1) -> tuple[Tensor, list[Kept]]:
         """Return the logits (B, levels) of the next sub-pixel, and what the layers keep.
 
         What AFT-simple keeps, AFT-local and, on its rows, AFT-conv does not grow with the sub-pixels before.
@@ -491,32 +403,25 @@ def jittered(images: Tensor, *, most: int = 10, generator: torch.Generator | Non
 
 # ---- the variants ----------------------------------------------------------------------------------------------------
 
-_OWN: dict[str, Any] = {"pool_size": None, "first_conv": "patch_embed.proj", "crop_pct": 0.9}
+_OWN: dict[str, Any] = {"first_conv": "patch_embed.proj"}
 _SMALL: dict[str, Any] = {"embed_dim": 384}
 default_cfgs = generate_default_cfgs(
     {
-        "aft_conv_nano": nano_cfg(**{**_OWN, "crop_pct": 1.0}),
-        "aft_full_tiny": cfg(**_OWN),
-        "aft_full_small": cfg(**_OWN),
-        "aft_conv_tiny_32_11": cfg(**_OWN),
-        "aft_conv_tiny_192_11": cfg(**_OWN),
-        "aft_conv_small_16_11": cfg(**_OWN),
-        "aft_conv_small_384_11": cfg(**_OWN),
-        "aft_conv_small_384_15": cfg(**_OWN),
-        "aft_conv_base_32_25": cfg(384, **{**_OWN, "crop_pct": 1.0}),
+        "aft_conv_nano": plain_nano_cfg(**_OWN),
+        "aft_full_tiny": plain_cfg(**_OWN),
+        "aft_full_small": plain_cfg(**_OWN),
+        "aft_conv_tiny_32_11": plain_cfg(**_OWN),
+        "aft_conv_tiny_192_11": plain_cfg(**_OWN),
+        "aft_conv_small_16_11": plain_cfg(**_OWN),
+        "aft_conv_small_384_11": plain_cfg(**_OWN),
+        "aft_conv_small_384_15": plain_cfg(**_OWN),
+        "aft_conv_base_32_25": plain_cfg(384, crop_pct=1.0, **_OWN),
     }
 )
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> AFTNet:
-    net: AFTNet = build_model_with_cfg(
-        AFTNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **kwargs,
-    )
+    net: AFTNet = create_plain(AFTNet, variant, pretrained, checkpoint_filter_fn, maps=3, **kwargs)
     return net
 
 

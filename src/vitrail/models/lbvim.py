@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vitrail.edits.lbmamba import LocalMamba
 from vitrail.errors import InputError
 from vitrail.layers.mamba import MambaBlock
-from vitrail.models.vim import NANO, NANO_CFG, Vim, create_vim, vim_cfg
+from vitrail.models.vim import NANO, Vim, create_vim, vim_cfg, vim_nano_cfg
 from vitrail.models.vim import checkpoint_filter_fn as vim_filter_fn
 
 
@@ -157,7 +157,7 @@ class MambaMIL(nn.Module):
 
 default_cfgs = generate_default_cfgs(
     {
-        "lbvim_nano": vim_cfg(**NANO_CFG),
+        "lbvim_nano": vim_nano_cfg(),
         "lbvim_tiny": vim_cfg(),
         "lbvim_300": vim_cfg(),
         "lbvim_small": vim_cfg(),

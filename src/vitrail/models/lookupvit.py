@@ -251,9 +251,10 @@ class LookupViT(PlainNet):
         lookup = x + resized(self.lookup_pos, self.grid, grid)
         return (lookup, resized(x, grid, few) + resized(self.compressed_pos, self.own, few)), grid
 
-    def places(self, state: State) -> Tensor:
+    def places(self, state: State, grid: Grid) -> Tensor:
         """Return the lookup tokens."""
-        return state[0]
+        found: Tensor = state[0]
+        return found
 
     def end(self, state: State) -> tuple[Tensor, Tensor]:
         """Return the normed tokens: compressed, then lookup."""
@@ -270,22 +271,25 @@ class LookupViT(PlainNet):
         """Return the classifiers, of the compressed and of the lookup tokens."""
         return nn.ModuleList((self.head, self.head_lookup))
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int) -> None:  # type: ignore[override]  # no choice of pooling
         """Replace the classifiers, on the device and in the type of the present weights.
 
         Args:
             num_classes: outputs of each; 0 leaves the mean compressed token beside the mean lookup token, (B, 2 C).
         """
-        self.num_classes = num_classes
-        self.head: nn.Module
-        self.head_lookup: nn.Module
-        for name in ("head", "head_lookup"):
-            head: nn.Module = nn.Identity()
-            if num_classes:
-                place = self.lookup_pos
-                head = nn.Linear(self.num_features, num_classes, device=place.device, dtype=place.dtype)
-                _init_weights(head)
-            setattr(self, name, head)
+        super().reset_classifier(num_classes)
+
+    def put_head(self) -> None:
+        """Set both classifiers."""
+        super().put_head()
+        self.head_lookup = self.linear_head() if self.num_classes else nn.Identity()
+
+    def linear_head(self) -> nn.Linear:
+        """Return a new classifier, which begins as the other layers."""
+        place = self.lookup_pos
+        head = nn.Linear(self.num_features, self.num_classes, device=place.device, dtype=place.dtype)
+        _init_weights(head)
+        return head
 
     def both(self, features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return what each classifier says of normed tokens: the compressed tokens', then the lookup tokens'."""

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError, unknown
 from vitrail.layers.mamba import Memory
 from vitrail.layers.mamba2 import Mamba2
 from vitrail.layers.scan.orders import Order, inverse, raster, snake
+from vitrail.models.plain import PlainNet, State, create_plain, plain_cfg, plain_nano_cfg
 
 # ---- walks -----------------------------------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class Block(nn.Module):
         return x + y, memory
 
 
-class MambaEye(nn.Module):
+class MambaEye(PlainNet):
     """MambaEye with timm's surface, for images of any size and walks of any kind.
 
     Args:
@@ -169,6 +169,8 @@ class MambaEye(nn.Module):
     Raises:
         InputError: sizes below 1 or that do not divide, a walk or a pooling that does not exist.
     """
+
+    BEFORE = r"^embed"
 
     def __init__(
         self,
@@ -205,7 +207,6 @@ class MambaEye(nn.Module):
             self.blocks.append(Block(dim, mixer))
         self.norm: nn.Module = nn.RMSNorm(dim, eps=1e-5)
         self.drop = nn.Dropout(drop_rate)
-        self.grad_checkpointing = False
         self.feature_info = [{"num_chs": dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)]
         self.reset_classifier(num_classes, global_pool)
 
@@ -240,9 +241,9 @@ class MambaEye(nn.Module):
         x = self._embedded(patches, moves)
         after = []
         for number, block in enumerate(self.blocks):
-            x, kept = self._through(block, x, None if memory is None else memory[number])
+            x, kept = self.recomputed(block, x, None if memory is None else memory[number])
             after.append(kept)
-        return self.head(self.drop(self._normed(x))), tuple(after)
+        return self.head(self.drop(self.normed(x))), tuple(after)
 
     def positions(self, height: int, width: int) -> Tensor:
         """Return the model's own walk over an image: the positions of all tiles, (L, 2)."""
@@ -269,15 +270,6 @@ class MambaEye(nn.Module):
         x = F.silu(self.embed(torch.cat((patches, led), 2)))
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    def _through(self, block: nn.Module, x: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
-        if self.grad_checkpointing and self.training:
-            passed: tuple[Tensor, Memory] = checkpoint(block, x, memory)
-            return passed
-        return block(x, memory)
-
-    def _normed(self, x: Tensor) -> Tensor:
-        return self.norm(x.to(self.embed.weight.dtype))
-
     def _read(self, images: Tensor, positions: Tensor | None) -> Tensor:
         """Return what the first block takes of images, read along positions or along the model's own walk."""
         if positions is None:
@@ -293,95 +285,35 @@ class MambaEye(nn.Module):
         """Return patterns of what is not decayed, as Mamba-2 marks it: rates, step sizes and the way past the scan."""
         return {"*.A_log", "*.dt_bias", "*.D"}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns that put parameters into groups by depth."""
-        return {"stem": r"^embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))]}
+    def pools(self) -> tuple[str, ...]:
+        """Return what ``global_pool`` may be."""
+        return ("last", "avg", "")
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in the backward pass instead of keeping what is inside them."""
-        self.grad_checkpointing = enable
+    def linear_head(self) -> nn.Linear:
+        """Return a new classifier, which each step's features go through."""
+        place = self.embed.weight
+        return nn.Linear(self.num_features, self.num_classes, device=place.device, dtype=place.dtype)
 
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier, which each step's features go through."""
-        return self.head
+    def begin(self, x: Tensor) -> tuple[State, tuple[int, int]]:
+        """Return the steps of the model's own walk, and the grid of the patches."""
+        return (self._read(x, None),), self._grid(*x.shape[-2:])
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, on the device and in the type of the present weights.
+    def pass_through(self, block: nn.Module, *state: Any) -> State:
+        """Return the state after a block, from the beginning of a walk."""
+        return block(*state)[:1]
 
-        Args:
-            num_classes: outputs; 0 leaves the pooled features.
-            global_pool: as in the constructor; None leaves it.
+    def places(self, state: State, grid: tuple[int, ...]) -> Tensor:
+        """Return the places in reading order, each as it was when the walk came to it: it knows those before it."""
+        order = WALKS[self.walk]((grid[0], grid[1]))
+        return state[0].index_select(1, torch.tensor(inverse(np.array(order)), device=state[0].device))
 
-        Raises:
-            InputError: a pooling that does not exist, or none for a classifier.
-        """
-        if global_pool is not None:
-            if global_pool not in ("last", "avg", "") or (num_classes and not global_pool):
-                raise InputError(
-                    f"global_pool = {global_pool!r} is not allowed: give last or avg, or '' with num_classes = 0"
-                )
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        self.head: nn.Module = nn.Identity()
-        if num_classes:
-            place = self.embed.weight
-            self.head = nn.Linear(self.num_features, num_classes, device=place.device, dtype=place.dtype)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return maps of blocks, each place as it was when the walk came to it: it knows those before it alone.
-
-        Args:
-            x: (B, in_chans, H, W).
-            indices: blocks, or the number of last blocks; None is all.
-            norm: whether maps pass the final norm.
-            stop_early: whether blocks after the last of ``indices`` are left out.
-            output_fmt: ``"NCHW"``, maps (B, C, H / P, W / P), or ``"NLC"``, their places in reading order.
-            intermediates_only: whether to return the list alone, without the features of all steps.
-
-        Raises:
-            InputError: another ``output_fmt``.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise InputError(f"output_fmt = {output_fmt!r} is not allowed: give NCHW or NLC")
-        take, last = feature_take_indices(len(self.blocks), indices)
-        grid = self._grid(*x.shape[-2:])
-        back = torch.tensor(inverse(np.array(WALKS[self.walk](grid))), device=x.device)
-        x = self._read(x, None)
-        maps = []
-        for number, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x, _ = self._through(block, x, None)
-            if number in take:
-                found = self._normed(x) if norm else x
-                found = found.index_select(1, back)
-                maps.append(found.transpose(1, 2).unflatten(2, grid) if output_fmt == "NCHW" else found)
-        return maps if intermediates_only else (self._normed(x), maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Leave out what maps of these blocks do not need; return their numbers."""
-        take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
+    def normed(self, x: Tensor) -> Tensor:
+        """Return steps behind the last norm, in the type of the weights."""
+        return self.norm(x.to(self.embed.weight.dtype))
 
     def forward_features(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return the features of every step, (B, L, C)."""
-        x = self._read(x, positions)
-        for block in self.blocks:
-            x, _ = self._through(block, x, None)
-        return self._normed(x)
+        return self.end(self.final_state((self._read(x, positions),)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits (B, classes), or with ``pre_logits`` the pooled features (B, C)."""
@@ -445,39 +377,21 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Map
 # ---- the variants ----------------------------------------------------------------------------------------------------
 
 
-def _cfg(side: int = 512, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": (0.0, 0.0, 0.0),  # as published: pixels from 0 to 1
-        "std": (1.0, 1.0, 1.0),
-        "classifier": "head",
-        **kwargs,
-    }
-
-
+# As published: pixels from 0 to 1.
+_OWN: dict[str, Any] = {"crop_pct": 1.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "first_conv": None}
 default_cfgs = generate_default_cfgs(
     {
-        "mambaeye_nano": _cfg(32, num_classes=10, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-        "mambaeye_tiny": _cfg(),
-        "mambaeye_small": _cfg(),
-        "mambaeye_base": _cfg(),
+        "mambaeye_nano": plain_nano_cfg(first_conv=None),
+        "mambaeye_tiny": plain_cfg(512, **_OWN),
+        "mambaeye_small": plain_cfg(512, **_OWN),
+        "mambaeye_base": plain_cfg(512, **_OWN),
     }
 )
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> MambaEye:
-    return build_model_with_cfg(
-        MambaEye,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (-1,), "feature_cls": "getter"},
-        **kwargs,
-    )
+    net: MambaEye = create_plain(MambaEye, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return net
 
 
 @register_model

@@ -14,7 +14,7 @@ from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from vitrail.models.vim import NANO, NANO_CFG, Vim, create_vim, vim_cfg
+from vitrail.models.vim import NANO, Vim, create_vim, vim_cfg, vim_nano_cfg
 
 
 class ShuffleMamba(Vim):
@@ -47,7 +47,7 @@ class ShuffleMamba(Vim):
 
 default_cfgs = generate_default_cfgs(
     {
-        "shufflemamba_nano": vim_cfg(**NANO_CFG),
+        "shufflemamba_nano": vim_nano_cfg(),
         "shufflemamba_tiny": vim_cfg(),
         "shufflemamba_small": vim_cfg(),
         "shufflemamba_middle": vim_cfg(),

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import lecun_normal_, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.errors import InputError, unknown
 from vitrail.layers.mamba import BidirectionalMamba, MambaBlock, bidirectional_keys
+from vitrail.models.plain import PlainNet, State, create_plain, plain_cfg, plain_nano_cfg
 
 NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 TOKENS = ("middle", "first", "none")
@@ -58,7 +57,7 @@ class PatchEmbed(nn.Module):
         return self.proj(F.pad(x, (0, max(missing[0] - x.shape[3], 0), 0, max(missing[1] - x.shape[2], 0))))
 
 
-class Vim(nn.Module):
+class Vim(PlainNet):
     """Vim with timm's surface; features at one stride after any blocks, for images of any size.
 
     Args:
@@ -80,6 +79,10 @@ class Vim(nn.Module):
     Raises:
         InputError: a norm, a token or a pooling that there is not, or a size that is not allowed.
     """
+
+    BEFORE = r"^(?:cls_token|pos_embed|patch_embed)"
+    BLOCKS = "layers"  # as the authors name them
+    NORM = "norm_f"
 
     def __init__(
         self,
@@ -105,11 +108,9 @@ class Vim(nn.Module):
         for name, value in (("img_size", img_size), ("embed_dim", embed_dim), ("depth", depth)):
             if value < 1:
                 raise InputError(f"{name} = {value} is not allowed: give 1 or more")
-        self.num_classes = num_classes
         self.num_features = self.head_hidden_size = embed_dim
         self.class_token = class_token
         self.num_prefix_tokens = int(class_token == "first")  # of what explains a result by its tokens
-        self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, stride or patch_size)
         self.grid = self.patch_embed.grid(img_size, img_size)
         self.cls_token = None if class_token == "none" else nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -153,127 +154,33 @@ class Vim(nn.Module):
         """Return patterns of tensors that are not decayed: with ``A_log`` at 0 all states forget at one pace."""
         return {"pos_embed", "*.A_log"} | ({"cls_token"} if self.cls_token is not None else set())
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns that put parameters into groups by depth."""
-        return {
-            "stem": r"^(?:cls_token|pos_embed|patch_embed)",
-            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f\.", (99999,))],
-        }
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in the backward pass instead of keeping what is inside them."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier of the pooled features."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, on the device and in the type of the present weights.
-
-        Args:
-            num_classes: outputs; 0 leaves the pooled features.
-            global_pool: as in the constructor; None leaves it. ``""``, without classifier, gives ``forward_features``.
-
-        Raises:
-            InputError: a pooling that does not exist, or none for a classifier.
-        """
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = self.checked_pool(global_pool, num_classes)
-        self.head: nn.Module = nn.Identity()
-        if num_classes:
-            place = self.pos_embed
-            self.head = nn.Linear(self.num_features, num_classes, device=place.device, dtype=place.dtype)
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
-    def checked_pool(self, pool: str, num_classes: int) -> str:
-        """Return ``pool``, or raise InputError if there is no such pooling here."""
-        allowed = [name for name in POOLS if name != "token" or self.cls_token is not None]
-        if pool not in allowed or (num_classes and not pool):
-            listed = " or ".join(name for name in allowed if name)
-            raise InputError(f"global_pool = {pool!r} is not allowed: give {listed}, or '' with num_classes = 0")
-        return pool
+    def pools(self) -> tuple[str, ...]:
+        """Return what ``global_pool`` may be."""
+        return POOLS if self.cls_token is not None else POOLS[1:]
 
     # ---- from image to logits
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Return (B, L, C), the class token among the patches where it was put."""
-        x, _ = self._embedded(x)
-        for layer in self.layers:
-            x = self._through(layer, x)
-        return self.norm_f(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return logits, or with ``pre_logits`` the pooled features (B, C)."""
-        pooled = self._pooled(x)
-        return pooled if pre_logits else self.head(self.drop(pooled))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, classes)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Return what blocks give for the patches, and the final features.
-
-        Args:
-            x: (B, in_chans, H, W).
-            indices: of blocks; a number means as many of the last, None all.
-            norm: whether the last norm is applied to each.
-            stop_early: do not go on behind the last block of ``indices``.
-            output_fmt: ``"NCHW"``, (B, C, h, w), or ``"NLC"``, (B, N, C).
-            intermediates_only: return the list alone.
-
-        Returns:
-            A list, or (final features, list).
-
-        Raises:
-            InputError: another format.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise InputError(f"output_fmt = {output_fmt!r} is not allowed: give NCHW or NLC")
-        taken, last = feature_take_indices(len(self.layers), indices)
-        x, grid = self._embedded(x)
-        found = []
-        for index, layer in enumerate(self.layers[: last + 1] if stop_early else self.layers):
-            x = self._through(layer, x)
-            if index in taken:
-                patches = self._patches(self.norm_f(x) if norm else x)
-                found.append(patches.transpose(1, 2).unflatten(2, grid) if output_fmt == "NCHW" else patches)
-        return found if intermediates_only else (self.norm_f(x), found)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the blocks behind the last of ``indices``, the norm and the head; return the indices, counted anew."""
-        taken, last = feature_take_indices(len(self.layers), indices)
-        self.layers = self.layers[: last + 1]
-        if prune_norm:
-            self.norm_f = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0)
-        return list(taken)
-
-    def _embedded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Return the sequence (B, L, C) and the grid of its patches."""
+    def begin(self, x: Tensor) -> tuple[State, tuple[int, int]]:
+        """Return the sequence (B, L, C), the class token among the patches where it was put, and the patches' grid."""
         x = self.patch_embed(x)
         grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2)
         if self.cls_token is not None:
             x = _with_token(x, self.cls_token.expand(x.shape[0], -1, -1), self._place(x.shape[1]))
-        return x + self._positions(grid), grid
+        return (x + self._positions(grid),), grid
 
-    def _through(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(layer, x) if self.grad_checkpointing and self.training else layer(x)
+    def pass_through(self, block: nn.Module, *state: Any) -> State:
+        """Return the state after a block."""
+        return (block(*state),)
+
+    def places(self, state: State, grid: tuple[int, ...]) -> Tensor:
+        """Return the patches."""
+        return self._patches(state[0])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return logits, or with ``pre_logits`` the pooled features (B, C)."""
+        pooled = self._pooled(x)
+        return pooled if pre_logits else self.head(self.drop(pooled))
 
     def _pooled(self, x: Tensor) -> Tensor:
         if self.global_pool == "token":
@@ -326,33 +233,19 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> Mapping[s
 # ---- the variants ----------------------------------------------------------------------------------------------------
 
 
-def vim_cfg(**kwargs: Any) -> dict[str, Any]:
-    """Return what timm keeps of a variant."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        **kwargs,
-    }
+def vim_cfg(**own: Any) -> dict[str, Any]:
+    """Return what timm keeps of a published variant."""
+    return plain_cfg(first_conv="patch_embed.proj", **own)
+
+
+def vim_nano_cfg() -> dict[str, Any]:
+    """Return what timm keeps of a variant of ours for small images."""
+    return plain_nano_cfg(first_conv="patch_embed.proj")
 
 
 NANO: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 4}
-NANO_CFG: dict[str, Any] = {
-    "num_classes": 10,
-    "input_size": (3, 32, 32),
-    "crop_pct": 1.0,
-    "interpolation": "bilinear",
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-}
 default_cfgs = generate_default_cfgs(
-    {"vim_nano": vim_cfg(**NANO_CFG), "vim_tiny": vim_cfg(), "vim_small": vim_cfg(), "vim_base": vim_cfg()}
+    {"vim_nano": vim_nano_cfg(), "vim_tiny": vim_cfg(), "vim_small": vim_cfg(), "vim_base": vim_cfg()}
 )
 
 
@@ -360,14 +253,7 @@ def create_vim(
     kind: type[Vim], variant: str, pretrained: bool, filter_fn: Any = checkpoint_filter_fn, **kwargs: Any
 ) -> Vim:
     """Build a variant of a net of this family as timm builds its own."""
-    model: Vim = build_model_with_cfg(
-        kind,
-        variant,
-        pretrained,
-        pretrained_filter_fn=filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **kwargs,
-    )
+    model: Vim = create_plain(kind, variant, pretrained, filter_fn, maps=3, **kwargs)
     return model
 
 

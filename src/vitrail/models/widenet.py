@@ -24,8 +24,6 @@ from vitrail.layers.experts import MixtureOfExperts
 from vitrail.layers.positions import resampled
 from vitrail.models.plain import PlainNet, State, create_plain, padded, plain_cfg, plain_nano_cfg
 
-POOLS = ("avg", "")
-
 
 class Attention(nn.Module):
     """Self-attention of all places.
@@ -165,22 +163,19 @@ class WideNet(PlainNet):
         x = torch.cat((self.class_pos.expand(x.shape[0], -1, -1).to(patches.dtype), patches), 1)
         return (self.embed_drop(x), x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))), grid
 
-    def pass_through(self, block: nn.Module, *state: Tensor) -> State:
+    def pass_through(self, block: nn.Module, *state: Any) -> State:
         """Return the state after a block, which is given the layers that all share."""
         found: State = block(*state, self.attention, self.experts)
         return found
 
-    def places(self, state: State) -> Tensor:
+    def places(self, state: State, grid: tuple[int, ...]) -> Tensor:
         """Return the patches."""
-        return state[0][:, 1:]
-
-    def end(self, state: State) -> Tensor:
-        """Return the class token and the patches, normed, (B, N, C)."""
-        return self.norm(state[0])
+        found: Tensor = state[0][:, 1:]
+        return found
 
     def forward_balanced(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits, and the sum of the balance losses of all depths, a scalar: as many as depths if even."""
-        state = self.final_state(x)
+        state = self.final_state(self.begin(x)[0])
         return self.forward_head(self.end(state)), state[1]
 
     # ---- classifier
@@ -189,28 +184,9 @@ class WideNet(PlainNet):
         """Return patterns of tensors that are not decayed: positions, and biases of the experts, kept side by side."""
         return {"pos_embed", "class_pos", "experts.experts.fc?_bias"}
 
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier of the pooled features."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, on the device and in the type of the present weights.
-
-        Args:
-            num_classes: outputs; 0 leaves the pooled features, behind the tanh layer.
-            global_pool: as in the constructor; None leaves it. ``""``, without classifier, gives ``forward_features``.
-
-        Raises:
-            InputError: a pooling that does not exist, or none for a classifier.
-        """
-        if global_pool is not None:
-            if global_pool not in POOLS or (num_classes and not global_pool):
-                raise InputError(f"global_pool = {global_pool!r} is not allowed: give avg, or '' with num_classes = 0")
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        self.head: nn.Module = nn.Identity()
-        if num_classes:
-            self.head = _dense(self.num_features, num_classes, self.class_pos)
+    def linear_head(self) -> nn.Linear:
+        """Return a new classifier of the pooled features, behind the tanh layer."""
+        return _dense(self.num_features, self.num_classes, self.class_pos)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits (B, classes), or with ``pre_logits`` what the classifier takes, (B, C)."""
