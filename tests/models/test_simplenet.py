@@ -160,6 +160,20 @@ def test_variants_are_as_published(name, parameters, reductions):
     assert default_cfgs[name].default.input_size[1] == (32 if "cifar" in name else 224)
 
 
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("simplenet_cifar_5m", [128, 256, 256, 256, 256]),
+        ("simplenet_cifar_5m_extra_pool", [128, 256, 256, 512, 256, 256]),
+        ("simplenetv1_5m_m1", [64, 128, 128, 512, 256]),
+    ],
+)
+def test_resolution_falls_where_it_does_in_the_published_nets(name, widths):
+    with torch.device("meta"):
+        model = create_model(name, num_classes=2)
+    assert [info["num_chs"] for info in model.feature_info] == widths
+
+
 @pytest.mark.parametrize("rate", [None, 0.0])
 def test_the_authors_keys_become_ours(rate):
     ours, twin = tiny(), tiny()
