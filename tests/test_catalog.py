@@ -2,12 +2,24 @@ import sys
 
 import pytest
 import timm
+import torch
+from torch.overrides import TorchFunctionMode
 
 import vitrail.models
 from vitrail.catalog import card as card_module
 from vitrail.catalog import cards, find, locate
 from vitrail.catalog.card import read_card
 from vitrail.errors import InputError, VitrailError
+
+
+class WithoutValues(TorchFunctionMode):
+    """Create on the meta device without the arithmetic of first weights, which have no values there."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if args and getattr(function, "__name__", "") in ("clamp_", "erfinv_", "normal_", "uniform_"):
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
 
 GOOD = 'title = "T"\nstage = "edit"\nstatus = "works"\nsummary = "S."\n'
 
@@ -29,11 +41,9 @@ def test_what_a_card_promises_can_be_had(slug):
 
 @pytest.mark.parametrize("size", [s for c in cards().values() for s in c.sizes], ids=lambda s: s.name)
 def test_published_sizes_hold(size):
-    import torch
-
     from vitrail.app.build import count_flops, count_parameters
 
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutValues():
         model = vitrail.models.create_model(size.name, num_classes=1000)
     # A published 4.7 M stands for anything from 4.65 to 4.75 M.
     half_digit = 0.5 * 10.0 ** -len(str(size.params).partition(".")[2])

@@ -13,19 +13,19 @@ from method_contract import its_loss_is_a_mean_over_images
 from probes import TOLERANCE, gap, gradients, step, the_same_gradients
 from subjects import methods
 
+from once import made_once
+
 CASES = [
     pytest.param(subject, id=subject.name, marks=exempt(card, subject.name, its_loss_is_a_mean_over_images))
     for card, subject in methods()
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("two")
+def launch(folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     worker = Path(__file__).with_name("gloo_worker.py")
     done = subprocess.run(
-        [*command, str(worker), str(path)],
+        [*command, str(worker), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -33,7 +33,11 @@ def folder(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return made_once("two_process_methods", launch, tmp_path_factory)
 
 
 def agree(folder, subject):

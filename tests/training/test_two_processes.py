@@ -9,13 +9,16 @@ import pytest
 import torch
 from two_process_worker import CASES, norm_cases, train_all
 
+from once import made_once
+
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folders of one process and of two."""
-    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+def train(folder):
+    """Fill ``one`` with what one process computes, and ``two`` with what two do."""
+    one, two = folder / "one", folder / "two"
+    one.mkdir(exist_ok=True)
+    two.mkdir(exist_ok=True)
     # `accelerate launch --cpu` starts one process only unless there is an MPI, so torch's own launcher is used.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     worker = Path(__file__).with_name("two_process_worker.py")
@@ -32,7 +35,13 @@ def runs(tmp_path_factory):
     finally:
         launched.kill()
     assert launched.returncode == 0, output[-4000:]
-    return one, two
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of one process and of two."""
+    folder = made_once("two_processes", train, tmp_path_factory)
+    return folder / "one", folder / "two"
 
 
 def read(path, name):
