@@ -238,7 +238,10 @@ def test_a_cloud_is_seen_from_each_side_in_the_colours_of_imagenet():
     drawn = embed._drawn(pixels_of(seen, 9), embed.features(points))
     image = embed.colour(embed.fusion(embed.image_block(drawn), 3)).sigmoid()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    given = []
+    embed.image_block.register_forward_pre_hook(lambda module, args: given.extend(args))
     torch.testing.assert_close(embed(points), (image - mean) / std, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(given[0], drawn)
 
 
 def test_clouds_are_told_apart():
