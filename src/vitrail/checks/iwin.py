@@ -23,7 +23,8 @@ from vitrail.errors import InputError
 from vitrail.layers.interleaved import InterleavedAttention
 from vitrail.layers.windows import to_windows
 from vitrail.models import create_model
-from vitrail.models.iwin import Block, Iwin, iwin_video_small, iwin_video_tiny
+from vitrail.models.iwin import Iwin, iwin_video_small, iwin_video_tiny
+from vitrail.models.staged import Block
 
 NET: dict[str, Any] = {"depths": (2, 2, 2, 1)}
 PASSES = 3_200
@@ -184,7 +185,7 @@ def windows_of_neighbours() -> Edit:
 
     def edit(model: nn.Module) -> nn.Module:
         for block in _blocks(model):
-            block.attn = Neighbours(block.attn)  # type: ignore[assignment]
+            block.attn = Neighbours(_attention(block))
         return model
 
     return edit
@@ -211,12 +212,13 @@ def shifted_windows(*, side: int) -> Edit:
 
 def swin_block(block: Block, places: int, *, shifted: bool) -> SwinTransformerBlock:
     """Return a block of Swin as wide as one of Iwin, begun alike, for maps of ``places`` x ``places``."""
-    dim, window = block.attn.proj.out_features, cast(int, block.attn.window)
+    attention = _attention(block)
+    dim, window = attention.proj.out_features, cast(int, attention.window)
     hidden = cast(nn.Linear, block.mlp.fc1).out_features
     new = SwinTransformerBlock(
         dim,
         (places, places),
-        num_heads=block.attn.num_heads,
+        num_heads=attention.num_heads,
         window_size=window,
         shift_size=window // 2 if shifted else 0,
         mlp_ratio=hidden / dim,
@@ -230,10 +232,13 @@ def swin_block(block: Block, places: int, *, shifted: bool) -> SwinTransformerBl
 
 
 def _blocks(model: nn.Module) -> list[Block]:
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    if not blocks:
+    if not isinstance(model, Iwin):
         raise InputError(f"other windows are for an Iwin net, and this is a {type(model).__name__}")
-    return blocks
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
+def _attention(block: Block) -> InterleavedAttention:
+    return cast(InterleavedAttention, block.attn)
 
 
 # ---- larger images ---------------------------------------------------------------------------------------------------
