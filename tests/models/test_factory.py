@@ -1,5 +1,6 @@
 import pytest
 import torch
+from timm.layers import DropPath
 
 from vitrail.errors import InputError
 from vitrail.models import create_model, model_names
@@ -14,6 +15,20 @@ def test_creates_timm_and_own_models_by_name():
 
 def test_size_is_only_given_to_models_of_fixed_size():
     assert create_model("mobilenetv3_small_050", num_classes=4, img_size=64)(torch.zeros(2, 3, 64, 64)).shape == (2, 4)
+
+
+def test_stochastic_depth_is_what_was_asked_for():
+    for name in ("swin_tiny_patch4_window7_224", "swin_nano", "tiny_vit_5m_224"):  # in timm 0.1 unless told
+        rates = [part.drop_prob for part in create_model(name, num_classes=2).modules() if isinstance(part, DropPath)]
+        assert not any(rates), name
+    told = create_model("swin_nano", num_classes=2, drop_path_rate=0.2).modules()
+    assert max(part.drop_prob for part in told if isinstance(part, DropPath)) == pytest.approx(0.2)
+
+
+def test_a_net_without_stochastic_depth_refuses_a_rate_alone():
+    assert create_model("vgg11", num_classes=2).num_classes == 2
+    with pytest.raises(InputError, match=r"vgg11 does not take the option 'drop_path_rate'"):
+        create_model("vgg11", num_classes=2, drop_path_rate=0.1)
 
 
 def test_unknown_model_offers_the_nearest():

@@ -47,7 +47,7 @@ def create_model(
         img_size: input side in pixels, given to models built for one size.
         in_chans: input channels.
         drop_rate: dropout before the classifier, in [0, 1).
-        drop_path_rate: stochastic depth, in [0, 1); left out where the architecture has none and it is 0.
+        drop_path_rate: stochastic depth, in [0, 1); left out where it is 0 and the architecture has none.
         **options: further arguments of the architecture.
 
     Raises:
@@ -62,23 +62,37 @@ def create_model(
     for argument, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
         if not 0 <= rate < 1:
             raise InputError(f"{argument} = {rate} is not allowed: give a rate in [0, 1)")
-    if drop_path_rate:
-        options["drop_path_rate"] = drop_path_rate
     if img_size is not None and _is_fixed_size(name):
         options["img_size"] = img_size
-    try:
+
+    def build(**rates: Any) -> nn.Module:
         return timm.create_model(
-            name, pretrained=False, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, **options
+            name, pretrained=False, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, **options, **rates
         )
+
+    try:
+        return build(drop_path_rate=drop_path_rate)  # 0 too: some of timm's nets have 0.1 unless told
     except TypeError as error:
-        text = str(error)
-        given = text.rsplit("argument", 1)[-1].strip(" '") if "unexpected keyword" in text else ""
-        if given in options:
-            known = sorted(_constructor_arguments(name))
-            close = nearest(given, known)
-            offer = f"did you mean {close[0]!r}?" if close else f"it takes: {', '.join(known)}"
-            raise InputError(f"the model {name} does not take the option {given!r}; {offer}") from None
-        raise
+        if drop_path_rate or _refused(error) != "drop_path_rate":
+            raise _explained(error, name, options) from None
+    return build()
+
+
+def _explained(error: TypeError, name: str, options: dict[str, Any]) -> Exception:
+    """Return what to raise for an error of a constructor: for an option that it does not take, the nearest that is."""
+    given = _refused(error)
+    if given not in {*options, "drop_path_rate"}:
+        return error
+    known = sorted(_constructor_arguments(name))
+    close = nearest(given, known)
+    offer = f"did you mean {close[0]!r}?" if close else f"it takes: {', '.join(known)}"
+    return InputError(f"the model {name} does not take the option {given!r}; {offer}")
+
+
+def _refused(error: TypeError) -> str:
+    """Return the argument that a call did not take, or nothing."""
+    text = str(error)
+    return text.rsplit("argument", 1)[-1].strip(" '") if "unexpected keyword" in text else ""
 
 
 def _is_fixed_size(name: str) -> bool:
