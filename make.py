@@ -70,7 +70,7 @@ def main() -> None:
     elif task == "test":
         install("test")
         for part in [rest] if rest else test_parts():
-            run(BIN / "python", "-m", "pytest", "-n", "2", *part)
+            run(BIN / "python", "-m", "pytest", "-n", "2", "--dist", "worksteal", *part)
     elif task == "lint":
         install("test", "lint")
         run(BIN / "ruff", "check", "--no-cache", ".")

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples in every run, and none fails for being slow on a busy machine.
+settings.register_profile("vitrail", deadline=None, derandomize=True)
+settings.load_profile("vitrail")
 
 CLIPART = Path("/usr/share/openclipart/png")
 FASHION = Path("/usr/share/datasets/fashion-mnist")

@@ -338,7 +338,7 @@ def outcome(function, blob):
         return None
 
 
-@settings(max_examples=600, deadline=None, derandomize=True)
+@settings(max_examples=600)
 @given(data=st.data())
 def test_only_unreadable_image_escapes(data):
     blob = bytearray(VALID[data.draw(st.sampled_from(sorted(VALID)))])
@@ -352,7 +352,7 @@ def test_only_unreadable_image_escapes(data):
     assert slow is None or np.array_equal(slow, quick)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.binary(max_size=200))
 def test_random_bytes(blob):
     assert outcome(decode, blob) is None or blob

@@ -94,7 +94,7 @@ def test_hash_of_flat_pictures_is_zero():
     assert perceptual_hash(np.full((2, 32, 32), 200, np.uint8)).tolist() == [0, 0]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 120))
 def test_candidates_equal_brute_force(seed, n):
     rng = np.random.default_rng(seed)
@@ -178,7 +178,7 @@ def test_blank():
     assert not look(speck).blank
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 40), st.lists(st.tuples(st.integers(0, 39), st.integers(0, 39)), max_size=60))
 def test_unite_against_sets(n, pairs):
     pairs = [(a % n, b % n) for a, b in pairs]

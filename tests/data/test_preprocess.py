@@ -24,7 +24,7 @@ def whole(preprocess, image):
     return np.asarray(image)[top : top + preprocess.size[0], left : left + preprocess.size[1]]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(
     st.integers(1, 120),
     st.integers(1, 120),

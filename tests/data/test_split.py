@@ -45,7 +45,7 @@ cases = st.integers(2, 150).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(cases)
 def test_invariants(case):
     labels, groups, given_splits, has_given, val, test, seed = case
@@ -66,7 +66,7 @@ def test_invariants(case):
         assert not (splits[~fixed] == TEST).any()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(2, 90), min_size=1, max_size=8), st.sampled_from([0.05, 0.1, 0.25]), st.integers(0, 5))
 def test_single_images_are_stratified_to_one(sizes, fraction, seed):
     labels = np.repeat(np.arange(len(sizes)), sizes)
@@ -80,7 +80,7 @@ def test_single_images_are_stratified_to_one(sizes, fraction, seed):
         assert held.sum() == exact
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 12), min_size=3, max_size=60), st.integers(0, 5))
 def test_groups_of_varied_size_come_near_the_share(sizes, seed):
     groups = np.repeat(np.arange(len(sizes)), sizes)

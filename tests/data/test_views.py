@@ -58,7 +58,7 @@ def test_crop_is_pillow_s_crop_and_resize(seed, interpolation, levels):
     assert gap(view(blob, rng(seed)), expected) <= levels
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     st.tuples(st.integers(1, 90), st.integers(1, 90)),
     st.tuples(st.integers(1, 60), st.integers(1, 60)),
@@ -91,7 +91,7 @@ def reference_box(height, width, scale, ratio, numbers):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**32), st.sampled_from([0.08, 0.35, 0.9]))
 def test_crop_box_follows_the_reference_and_stays_inside(height, width, seed, least):
     numbers = rng(seed).random((10, 4))

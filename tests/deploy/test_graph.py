@@ -68,7 +68,7 @@ def check(preprocess: Preprocess, images: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("key", PREPROCESSES, ids=str)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     height=st.one_of(st.integers(1, 90), st.sampled_from([255, 256, 257, 375, 500])),
     width=st.one_of(st.integers(1, 90), st.sampled_from([255, 256, 257, 375, 500])),

@@ -120,7 +120,7 @@ def test_multi_label_without_any_label_is_no_crash():
     assert result["empty_classes"] == ["a", "b"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 30), st.integers(1, 8), st.integers(0, 10_000), st.booleans())
 def test_figures_are_valid_json_within_range(n, width, seed, multilabel):
     rng = np.random.default_rng(seed)

@@ -64,7 +64,7 @@ def test_seeds_that_disagree_widen_the_interval():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_holm_against_its_definition(p_values):
     corrected = holm(p_values)
     ordered = sorted(p_values)

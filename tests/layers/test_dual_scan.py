@@ -64,7 +64,7 @@ def test_it_is_the_papers_recurrence_with_its_gradients(shape, chunk):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.integers(1, 2), st.integers(1, 40), st.integers(1, 2), st.integers(1, 3), st.integers(1, 9), st.integers(1, 50)
 )

@@ -110,7 +110,7 @@ def test_forms_agree_with_the_reference(form, shape):
     agree(value_and_gradients(scan(form), given), value_and_gradients(scan("reference"), given), 2e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.integers(1, 2), st.integers(1, 20), st.integers(1, 20), st.integers(1, 20), st.integers(1, 9), st.integers(0, 9)
 )

@@ -112,7 +112,7 @@ def test_forms_agree_with_the_reference(form, shape):
     agree(values_and_gradients(scan(form), given), values_and_gradients(scan("reference"), given), 2e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 100), st.integers(1, 20), st.integers(0, 9)
 )

@@ -29,7 +29,7 @@ def slow_loss(logits, target, smoothing, weights, multilabel):
     return total / len(logits)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.integers(1, 6),
     st.integers(2, 7),

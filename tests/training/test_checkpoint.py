@@ -32,7 +32,7 @@ def test_keeps_the_last_two_and_what_is_asked(tmp_path):
     assert sorted(path.name for path in kept.folder.iterdir()) == [f"step-0000000{step}.pt" for step in (1, 4, 5)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_no_flipped_bit_changes_what_is_read(tmp_path_factory, place, bit):
     kept = Checkpoints(tmp_path_factory.mktemp("flip"))

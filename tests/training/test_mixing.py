@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vitrail.training.mixing import mix
@@ -24,7 +24,6 @@ def mixed(given, seed=0, names=("image",), **augment):
 
 
 @given(size=st.integers(2, 9), seed=st.integers(0, 50))
-@settings(deadline=None)
 def test_mixup(size, seed):
     before = batch(size)
     after = mixed(before, seed, mixup=0.4)
@@ -41,7 +40,6 @@ def test_mixup(size, seed):
 
 
 @given(size=st.integers(2, 9), seed=st.integers(0, 50))
-@settings(deadline=None)
 def test_cutmix(size, seed):
     before = batch(size)
     images = before["image"].clone()
