@@ -25,10 +25,12 @@ def test_stochastic_depth_is_what_was_asked_for():
     assert max(part.drop_prob for part in told if isinstance(part, DropPath)) == pytest.approx(0.2)
 
 
-def test_a_net_without_stochastic_depth_refuses_a_rate_alone():
-    assert create_model("vgg11", num_classes=2).num_classes == 2
-    with pytest.raises(InputError, match=r"vgg11 does not take the option 'drop_path_rate'"):
-        create_model("vgg11", num_classes=2, drop_path_rate=0.1)
+@pytest.mark.parametrize("name", ["vgg11", "hrnet_w18_small"])
+def test_a_net_without_stochastic_depth_refuses_a_rate_alone(name):
+    with torch.device("meta"):
+        assert create_model(name, num_classes=2).num_classes == 2
+        with pytest.raises(InputError, match=rf"{name} does not take the option 'drop_path_rate'"):
+            create_model(name, num_classes=2, drop_path_rate=0.1)
 
 
 def test_unknown_model_offers_the_nearest():

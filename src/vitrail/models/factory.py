@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 from functools import cache
 from typing import Any
 
@@ -91,8 +92,8 @@ def _explained(error: TypeError, name: str, options: dict[str, Any]) -> Exceptio
 
 def _refused(error: TypeError) -> str:
     """Return the argument that a call did not take, or nothing."""
-    text = str(error)
-    return text.rsplit("argument", 1)[-1].strip(" '") if "unexpected keyword" in text else ""
+    found = re.search(r"unexpected keyword.*?'(\w+)'", str(error))
+    return found[1] if found else ""
 
 
 def _is_fixed_size(name: str) -> bool:
