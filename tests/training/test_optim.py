@@ -1,5 +1,6 @@
 """Groups and the learning-rate plan."""
 
+import copy
 import math
 
 import pytest
@@ -95,6 +96,76 @@ def test_scales_are_applied():
     optimizer = create_optimizer(param_groups(method, config()), config())
     set_learning_rate(optimizer, 0.02)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([0.02, 0.2])
+
+
+class Halving(torch.optim.SGD):
+    """SGD that goes half as far, to be told from the recipe's optimiser."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.mul_(0.5)
+        super().step(closure)
+
+
+class OwnSettings(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.ones(2, 2))
+        self.frame = nn.Parameter(torch.ones(2, 2))
+
+    def param_groups(self):
+        return [
+            {"params": self.places, "lr_scale": 5.0, "weight_decay": 0.0},
+            {"params": [self.frame], "optimizer": Halving, "momentum": 0.5},
+        ]
+
+
+def with_own_settings():
+    model = TinyNet()
+    model.own = OwnSettings()
+    return Supervised(model)
+
+
+def test_what_a_module_of_the_model_asks_for():
+    method = with_own_settings()
+    found = treatment(method, config(weight_decay=0.3))
+    assert found["model.own.places"] == (0.0, 5.0)
+    assert len(found) == 10
+    method.model.own.places.requires_grad_(False)
+    assert len(treatment(method, config())) == 9
+
+
+def test_a_group_with_an_optimiser_of_its_own():
+    def stepped(name, count, state=None):
+        method, settings = with_own_settings(), config(name=name, weight_decay=0.0)
+        optimizer = create_optimizer(param_groups(method, settings), settings)
+        if state is not None:
+            method.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+        set_learning_rate(optimizer, 0.01)
+        for _ in range(count):
+            for parameter in method.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        optimizer.zero_grad()
+        assert all(parameter.grad is None for parameter in method.parameters())
+        return method, optimizer
+
+    method, optimizer = stepped("adamw", 2)
+    assert torch.allclose(method.model.own.places, torch.full((2, 2), 1 - 2 * 0.05))  # Adam's steps are of lr
+    # Half gradients with momentum 0.5: 0.5, then 0.5 + 0.25.
+    assert torch.allclose(method.model.own.frame, torch.full((2, 2), 1 - 0.01 * 1.25))
+    assert {id(parameter) for parameter in optimizer.state} == {id(parameter) for parameter in method.parameters()}
+    # Two steps, stored, and one more are three.
+    resumed, _ = stepped("adamw", 1, copy.deepcopy((method.state_dict(), optimizer.state_dict())))
+    whole, _ = stepped("adamw", 3)
+    for name in ("own.frame", "own.places"):
+        assert torch.equal(resumed.model.get_parameter(name), whole.model.get_parameter(name))
+    # Nothing else to train: then it is the only optimiser.
+    method.requires_grad_(False)
+    method.model.own.frame.requires_grad_(True)
+    assert isinstance(create_optimizer(param_groups(method, config()), config()), Halving)
 
 
 @pytest.mark.parametrize("name", ["sgd", "AdamW", "lamb", "lookahead_adam"])

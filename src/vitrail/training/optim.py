@@ -16,7 +16,7 @@ from timm.optim import (
     param_groups_layer_decay,
     param_groups_weight_decay,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from vitrail.errors import InputError, unknown
 from vitrail.methods.method import Method
@@ -31,10 +31,22 @@ def param_groups(method: Method, config: OptimConfig) -> list[Group]:
 
     Biases, the parameters of normalisations (all of one dimension or none) and those of ``model.no_weight_decay()`` are
     not decayed. With ``layer_decay`` a group carries ``lr_scale``, by timm's grouping of the model's layers. What
-    ``method.param_groups()`` claims is taken as it is.
+    ``method.param_groups()`` claims, and after it that of any module in it that has such a function, is taken as it is;
+    only what is frozen or claimed already is left out. See ``create_optimizer`` for a group with its own optimiser.
     """
-    groups = [{**group, "params": _as_list(group["params"])} for group in method.param_groups() or ()]
-    taken = {id(parameter) for group in groups for parameter in group["params"]}
+    groups: list[Group] = []
+    taken: set[int] = set()
+
+    def claim(claimed: Iterable[Group]) -> None:
+        for group in claimed:
+            parameters = _as_list(group["params"])
+            rest = [each for each in parameters if id(each) not in taken and each.requires_grad]
+            taken.update(map(id, rest))
+            if rest:
+                groups.append({**group, "params": rest})
+
+    for module in method.modules():
+        claim(getattr(module, "param_groups", tuple)() or ())
     decay = config.weight_decay
     keep: set[str] = getattr(method.model, "no_weight_decay", set)()
     if config.layer_decay < 1:
@@ -43,11 +55,7 @@ def param_groups(method: Method, config: OptimConfig) -> list[Group]:
         )
     else:
         defaults = param_groups_weight_decay(method.model, decay, no_weight_decay_list=keep)
-    for group in [*defaults, *param_groups_weight_decay(method, decay)]:
-        rest = [parameter for parameter in group["params"] if id(parameter) not in taken]
-        taken |= {id(parameter) for parameter in rest}
-        if rest:
-            groups.append({**group, "params": rest})
+    claim([*defaults, *param_groups_weight_decay(method, decay)])
     if not groups:
         raise InputError("nothing to train: every parameter of the model is frozen; unfreeze some of them")
     return groups
@@ -59,6 +67,8 @@ def _as_list(parameters: nn.Parameter | Iterable[nn.Parameter]) -> list[nn.Param
 
 def create_optimizer(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     """Build the timm optimiser ``config.name`` on ``groups``.
+
+    A group that names another ``"optimizer"``, a class or function called as ``optimizer([group], lr=...)``, gets that.
 
     Raises:
         InputError: no such optimiser, or a setting that it does not take.
@@ -77,12 +87,55 @@ def create_optimizer(groups: list[Group], config: OptimConfig) -> torch.optim.Op
             raise InputError(f"optim.{key} = {value} is given, but the optimiser {config.name} has none; leave it out")
         if value is not None:
             options[key] = value
+    lr = resolved(config.lr)
+    plain = [group for group in groups if "optimizer" not in group]
+    own = [dict(group) for group in groups if "optimizer" in group]
+    parts: list[torch.optim.Optimizer] = []
     try:
-        return create_optimizer_v2(
-            groups, opt=name, lr=resolved(config.lr), weight_decay=config.weight_decay, **options
-        )
+        if plain:
+            parts = [create_optimizer_v2(plain, opt=name, lr=lr, weight_decay=config.weight_decay, **options)]
     except TypeError as error:
         raise InputError(f"the optimiser {config.name} does not take what [optim] gives it: {error}") from None
+    parts += [group.pop("optimizer")([group], lr=lr) for group in own]
+    return parts[0] if len(parts) == 1 else JointOptimizer(parts)
+
+
+class JointOptimizer(torch.optim.Optimizer):
+    """Several optimisers, each of parameters of its own, that act as one."""
+
+    def __init__(self, parts: Iterable[torch.optim.Optimizer]) -> None:
+        # The base is not initialised: it would keep groups of its own, and the parts renew theirs on loading a state.
+        self.parts = list(parts)
+        self.defaults: dict[str, Any] = {}
+
+    @property
+    def param_groups(self) -> list[Group]:  # type: ignore[override]
+        """Every part's groups, in their order."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        """What the parts know of each parameter."""
+        return {key: value for part in self.parts for key, value in part.state.items()}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Step all; the gradients are there already, so that no ``closure`` is taken."""
+        for part in self.parts:
+            part.step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return one state per part."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Give every part its state back."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
