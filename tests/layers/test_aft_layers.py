@@ -276,6 +276,7 @@ def test_nothing_of_a_mean_depends_on_the_shift():
         (lambda: AFTConv(6, 0, 3), "heads = 0 does not divide a width of 6"),
         (lambda: AFTConv(6, 2, 4), "kernel_size = 4 .*odd"),
         (lambda: AFTConv(6, 2, (3, -1)), r"kernel_size = \(3, -1\) .*odd"),
+        (lambda: AFTConv(6, 2, (3,)), r"kernel_size = \(3,\) .*odd side of 1 or more, or two"),
         (lambda: AFTFull(6, 0), "length = 0 .*1 or more"),
         (lambda: AFTFull(6, 4, rank=0), "rank = 0 .*1 or more"),
         (lambda: AFTLocal(6, 4, window=0), "window = 0 .*1 or more"),

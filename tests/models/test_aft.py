@@ -103,6 +103,17 @@ def test_drop_path_rises_and_weights_begin_as_deits():
     for layer in (net.blocks[0].mixer.qkv, net.blocks[0].mlp.fc1, net.blocks[0].mlp.fc2):
         assert float(layer.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
         assert (layer.bias == 0).all()
+    full, pixel = tiny(mixer="full", embed_dim=64), PixelAFT(**{**PIXELS, "levels": 64, "embed_dim": 64})
+    for weight in (full.pos_embed, full.cls_token, pixel.pos_embed, pixel.embed.weight):
+        assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.3)
+
+
+def test_what_the_classifier_takes_is_dropped():
+    net, x = tiny(drop_rate=1 - 1e-12), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        net.head.bias.fill_(1)
+    torch.testing.assert_close(net.train()(x), torch.ones(2, 3))
+    assert not torch.allclose(net.eval()(x), torch.ones(2, 3))
 
 
 def test_variants_are_as_published():
@@ -123,6 +134,7 @@ def test_variants_are_as_published():
         assert isinstance(net.blocks[0].mixer, AFTConv)
         assert (net.blocks[0].mixer.heads, net.blocks[0].mixer.bias.kernel_size) == (heads, (side, side))
         assert (net.cls_token, net.pos_embed, net.global_pool) == (None, None, "avg")
+        assert net.pretrained_cfg["input_size"][1] == (384 if name == "base_32_25" else 224)
     for name, width in (("tiny", 192), ("small", 384)):
         net = nets[f"aft_full_{name}"]
         assert isinstance(net.blocks[0].mixer, AFTFull)
@@ -249,6 +261,12 @@ def test_the_defaults_are_the_published_ones():
     assert isinstance(pixels("simple").blocks[0].mixer, AFTSimple)
 
 
+def test_the_embedding_and_what_branches_add_are_dropped():
+    net = pixels(drop_rate=1 - 1e-12).train()
+    nothing = net.head(net.norm(torch.zeros(8, dtype=torch.float64)))
+    torch.testing.assert_close(net(some_images()), nothing.expand(3, 24, 5))
+
+
 def test_images_are_flipped_and_made_lighter_or_darker():
     images = torch.arange(24).view(1, 2, 3, 4).expand(64, -1, -1, -1) * 10
     found = jittered(images, generator=torch.Generator().manual_seed(0))
@@ -278,11 +296,15 @@ def test_images_are_flipped_and_made_lighter_or_darker():
     [
         (lambda: tiny(mixer="cnv"), "'cnv'.*did you mean 'conv'"),
         (lambda: tiny(patch_size=0), "patch_size = 0 .*1 or more"),
+        (lambda: tiny(embed_dim=0), "embed_dim = 0 .*1 or more"),
+        (lambda: tiny(mlp_ratio=0.1), r"mlp_ratio = 0\.1 .*hidden width of 1 or more of 8"),
         (lambda: tiny(global_pool="token"), "global_pool = 'token' .*give avg"),
         (lambda: tiny(mixer="full", global_pool=""), "global_pool = '' .*num_classes = 0"),
         (lambda: tiny().forward_intermediates(torch.zeros(1, 3, 8, 8), output_fmt="NHWC"), "output_fmt = 'NHWC'"),
         (lambda: PixelAFT(mixer="locl"), "'locl'.*did you mean 'local'"),
         (lambda: PixelAFT(**{**PIXELS, "img_size": (3, 0)}), "img_size = 0 .*1 or more"),
+        (lambda: PixelAFT(**{**PIXELS, "embed_dim": 0}), "embed_dim = 0 .*1 or more"),
+        (lambda: PixelAFT(**PIXELS, drop_rate=1.0), r"drop_rate = 1\.0 .*in \[0, 1\)"),
         (lambda: PixelAFT(**PIXELS)(torch.zeros(1, 2, 3, 4)), "float32.*whole numbers of shape .B, 2, 3, 4"),
         (lambda: PixelAFT(**PIXELS)(torch.zeros(1, 2, 4, 4).long()), r"\(1, 2, 4, 4\).*shape .B, 2, 3, 4"),
         (lambda: PixelAFT(**PIXELS)(some_images() + 3), "values of 3 to 7: give 0 to 4"),

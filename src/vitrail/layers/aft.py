@@ -481,8 +481,10 @@ class AFTConv(AFT):
     def __init__(self, dim: int, heads: int, kernel_size: int | Grid, *, causal: bool = False) -> None:
         super().__init__(dim, heads, causal=causal)
         sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        if any(side < 1 or side % 2 == 0 for side in sides):
-            raise InputError(f"kernel_size = {kernel_size} is not allowed: give odd sides of 1 or more")
+        if len(sides) != 2 or any(side < 1 or side % 2 == 0 for side in sides):
+            raise InputError(
+                f"kernel_size = {kernel_size} is not allowed: give an odd side of 1 or more, or two of them"
+            )
         self.bias = WindowBias(heads, sides, causal=causal)
 
     def reach(self, grid: Grid) -> int:

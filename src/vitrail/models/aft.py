@@ -40,12 +40,19 @@ class Block(nn.Module):
         mlp_ratio: hidden width of the feed-forward layer over C.
         drop: share of what a branch adds that is dropped, in [0, 1).
         drop_path: probability that a branch is left out in training.
+
+    Raises:
+        InputError: a feed-forward layer without width.
     """
 
     def __init__(
         self, dim: int, mixer: nn.Module, mlp_ratio: float, *, drop: float = 0.0, drop_path: float = 0.0
     ) -> None:
         super().__init__()
+        if int(dim * mlp_ratio) < 1:
+            raise InputError(
+                f"mlp_ratio = {mlp_ratio} is not allowed: give what leaves a hidden width of 1 or more of {dim}"
+            )
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.mixer = mixer
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -124,7 +131,8 @@ class AFTNet(PlainNet):
         super().__init__()
         if mixer not in MIXERS:
             raise unknown("mixer", mixer, MIXERS, f"there are {' and '.join(MIXERS)}")
-        for name, value in (("img_size", img_size), ("patch_size", patch_size), ("depth", depth)):
+        numbers = {"img_size": img_size, "patch_size": patch_size, "embed_dim": embed_dim, "depth": depth}
+        for name, value in numbers.items():
             if value < 1:
                 raise InputError(f"{name} = {value} is not allowed: give 1 or more")
         self.num_features = self.head_hidden_size = embed_dim
@@ -259,10 +267,18 @@ class PixelAFT(nn.Module):
         if mixer not in CAUSAL_MIXERS:
             raise unknown("mixer", mixer, CAUSAL_MIXERS, f"there are {', '.join(CAUSAL_MIXERS)}")
         size = (img_size, img_size) if isinstance(img_size, int) else img_size
-        numbers = {"img_size": min(size), "in_chans": in_chans, "levels": levels, "depth": depth}
+        numbers = {
+            "img_size": min(size),
+            "in_chans": in_chans,
+            "levels": levels,
+            "embed_dim": embed_dim,
+            "depth": depth,
+        }
         for name, value in numbers.items():
             if value < 1:
                 raise InputError(f"{name} = {value} is not allowed: give 1 or more")
+        if not 0 <= drop_rate < 1:
+            raise InputError(f"drop_rate = {drop_rate} is not allowed: give a rate in [0, 1)")
         self.shape, self.levels = (in_chans, *size), levels
         self.grid = (size[0], size[1] * in_chans)
         self.length = math.prod(self.shape)
