@@ -1,4 +1,5 @@
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,30 @@ def test_features_leave_out_what_no_patch_sees():
     assert exchanging == {"0"}, "the last of the two blocks has no tokens to exchange"
 
 
+def test_embedded_patches_and_class_tokens_are_dropped():
+    torch.manual_seed(0)
+    model, x = CrossViT(img_size=32, pos_drop_rate=1 - 1e-12, **TINY), torch.randn(1, 3, 32, 32)
+    assert not any(tokens.any() for tokens in model._embedded(x)[0])
+    assert all(tokens.any() for tokens in model.eval()._embedded(x)[0])
+
+
+def test_what_is_left_with_its_classifiers_still_answers():
+    torch.manual_seed(0)
+    model, x = CrossViT(img_size=32, **TINY).eval(), torch.randn(2, 3, 32, 32)
+    first = model.blocks[0](model._embedded(x)[0])
+    wanted = model.forward_head([norm(tokens) for norm, tokens in zip(model.norm, first)])
+    assert model.prune_intermediate_layers([0, 2], prune_head=False) == [0, 2]
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_parameters_are_told_apart_by_depth():
+    groups = CrossViT(img_size=32, **TINY).group_matcher()
+    assert re.match(groups["stem"], "pos_embed_1")
+    assert re.match(groups["stem"], "patch_embed.0.proj.weight")
+    assert not re.match(groups["stem"], "blocks.0.projs.0.0.weight")
+    assert [re.match(groups["blocks"][0][0], f"blocks.{n}.fusion.0.norm1.bias")[1] for n in (0, 1)] == ["0", "1"]
+
+
 def test_checkpointing_gives_the_same_gradients():
     torch.manual_seed(0)
     model, x = CrossViT(img_size=32, **TINY).train(), torch.randn(2, 3, 32, 32)
@@ -151,6 +176,9 @@ def test_it_begins_as_published():
     model = create_model("crossvit_nano", num_classes=10)
     for name in ("pos_embed_0", "pos_embed_1", "cls_token_1"):
         assert float(getattr(model, name).detach().std()) == pytest.approx(0.02, rel=0.3)
+    for layer in (model.blocks[0].projs[0][2], model.blocks[1].blocks[1][0].mlp.fc1, model.head[1]):
+        assert float(layer.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+        assert not layer.bias.any()
     assert model.no_weight_decay() == {"cls_token_0", "cls_token_1", "pos_embed_0", "pos_embed_1"}
 
 
@@ -158,6 +186,14 @@ def test_it_begins_as_published():
     ("options", "message"),
     [
         ({"patch_size": (4, 6)}, r"patch_size = \(4, 6\) .*multiple"),
+        ({"patch_size": 4}, "patch_size = 4 .*two numbers of 1 or more"),
+        ({"embed_dim": (6, 8, 8)}, r"embed_dim = \(6, 8, 8\) .*two numbers of 1 or more"),
+        ({"num_heads": (2, 3)}, "num_heads = 3 does not divide embed_dim = 8"),
+        ({"depth": ((0, 1, 0),)}, r"depth = \(\(0, 1, 0\),\) .*three numbers: .*1 or more"),
+        ({"depth": ((1, 1),)}, r"depth = \(\(1, 1\),\) .*three numbers"),
+        ({"depth": ()}, r"depth = \(\) .*three numbers"),
+        ({"mlp_ratio": (2, 0)}, r"mlp_ratio = \(2, 0\) .*hidden width"),
+        ({"img_size": 0}, "img_size = 0 .*1 or more"),
         ({"img_scale": (1.0, 0.5)}, "img_scale is fixed here"),
         ({"global_pool": "max"}, "global_pool = 'max' .*token or avg"),
     ],

@@ -10,27 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models.crossvit import MultiScaleBlock
-from torch import Tensor, nn
+from torch import nn
 
 from vitrail.checks.check import Context, Finding, Verdict, arm_cost, paired
 from vitrail.edits.surgery import Edit, replace_modules
+from vitrail.models.crossvit import Apart
 
 COARSE: dict[str, Any] = {"patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "mlp_ratio": 3}
 """The nano's coarse branch: two blocks twice."""
 PASSES = 14_000
 """Of images, for each arm."""
-
-
-class Apart(nn.Module):
-    """The branches of a multi-scale block, without what joins them."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.blocks: Any = block.blocks
-
-    def forward(self, branches: list[Tensor]) -> list[Tensor]:
-        """Return the tokens of each branch."""
-        return [block(tokens) for block, tokens in zip(self.blocks, branches)]
 
 
 def without_cross_attention() -> Edit:

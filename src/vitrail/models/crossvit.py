@@ -35,11 +35,14 @@ class CrossViT(CrossVit):
         patch_size: sides of fine and coarse patches; the second is a multiple of the first.
         embed_dim: width of each branch.
         depth: of each multi-scale block: attention blocks of the branches, and of cross attention, 0 or 1 for one.
+        num_heads: of each branch; they divide its width.
+        mlp_ratio: hidden width over width, of each branch; a third, as published, is not used.
         global_pool: ``"token"`` or ``"avg"``.
         **kwargs: as for ``timm.models.crossvit.CrossVit``, but for ``img_scale`` and ``crop_scale``.
 
     Raises:
-        InputError: patches that do not go together, an option that is fixed here, or a pooling that does not exist.
+        InputError: patches, widths, heads or depths that do not go together, an option that is fixed here, or a pooling
+            that does not exist.
     """
 
     def __init__(
@@ -48,24 +51,26 @@ class CrossViT(CrossVit):
         patch_size: Sequence[int] = (8, 16),
         embed_dim: Sequence[int] = (192, 384),
         depth: Sequence[Sequence[int]] = ((1, 3, 1), (1, 3, 1), (1, 3, 1)),
+        num_heads: Sequence[int] = (6, 12),
+        mlp_ratio: Sequence[float] = (2.0, 2.0, 4.0),
         global_pool: str = "token",
         **kwargs: Any,
     ) -> None:
-        if len(patch_size) != 2 or min(patch_size) < 1 or patch_size[1] % patch_size[0]:
-            raise InputError(
-                f"crossvit: patch_size = {tuple(patch_size)} is not allowed: give two sides, the second a multiple of "
-                "the first"
-            )
+        _refuse_shape(patch_size, embed_dim, depth, num_heads, mlp_ratio)
         fixed = {"img_scale", "crop_scale", "multi_conv"} & set(kwargs)
         if fixed:
             raise InputError(f"crossvit: {min(fixed)} is fixed here: leave it out, or use one of timm's crossvit_*")
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if min(size) < 1:
+            raise InputError(f"crossvit: img_size = {img_size} is not allowed: give 1 or more")
         net: Any = super().__init__  # timm annotates one side where it takes two
         net(
             img_size=tuple(-(-side // patch_size[1]) * patch_size[1] for side in size),
             patch_size=tuple(patch_size),
             embed_dim=tuple(embed_dim),
             depth=depth,
+            num_heads=tuple(num_heads),
+            mlp_ratio=tuple(mlp_ratio),
             global_pool=_pool(global_pool),
             **kwargs,
         )
@@ -152,7 +157,7 @@ class CrossViT(CrossVit):
         """
         wanted: list[int] = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_head:
-            self.blocks[-1] = _Apart(self.blocks[-1].blocks)
+            self.blocks[-1] = Apart(self.blocks[-1])
         return wanted
 
     def _embedded(self, x: Tensor) -> tuple[list[Tensor], list[tuple[int, int]]]:
@@ -180,15 +185,40 @@ class CrossViT(CrossVit):
         return checkpoint(block, branches) if self.grad_checkpointing and self.training else block(branches)
 
 
-class _Apart(nn.Module):
+class Apart(nn.Module):
     """The attention blocks of a multi-scale block, without the exchange of class tokens behind them."""
 
-    def __init__(self, blocks: Any) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.blocks = blocks
+        self.blocks: Any = block.blocks
 
     def forward(self, branches: list[Tensor]) -> list[Tensor]:
+        """Return the tokens of each branch."""
         return [block(tokens) for block, tokens in zip(self.blocks, branches)]
+
+
+def _refuse_shape(patch_size: Any, embed_dim: Any, depth: Any, num_heads: Any, mlp_ratio: Any) -> None:
+    """Raise InputError for a net that is not one of two branches."""
+    for name, pair in (("patch_size", patch_size), ("embed_dim", embed_dim), ("num_heads", num_heads)):
+        if not isinstance(pair, Sequence) or len(pair) != 2 or min(pair) < 1:
+            raise InputError(f"crossvit: {name} = {pair} is not allowed: give two numbers of 1 or more, one a branch")
+    if patch_size[1] % patch_size[0]:
+        raise InputError(
+            f"crossvit: patch_size = {tuple(patch_size)} is not allowed: give two sides, the second a multiple of the "
+            "first"
+        )
+    for dim, heads in zip(embed_dim, num_heads):
+        if dim % heads:
+            raise InputError(f"crossvit: num_heads = {heads} does not divide embed_dim = {dim}: give a divisor of it")
+    if not depth or not all(len(row) == 3 and min(row[:2]) >= 1 and row[2] >= 0 for row in depth):
+        raise InputError(
+            f"crossvit: depth = {depth} is not allowed: give each multi-scale block three numbers: attention blocks of "
+            "the fine and of the coarse branch, 1 or more, and of cross attention, 0 or more"
+        )
+    if not isinstance(mlp_ratio, Sequence) or len(mlp_ratio) < 2 or min(mlp_ratio[:2]) * min(embed_dim) < 1:
+        raise InputError(
+            f"crossvit: mlp_ratio = {mlp_ratio} is not allowed: give one for each branch that leaves a hidden width"
+        )
 
 
 def _pool(kind: str) -> str:
@@ -231,7 +261,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def crossvit_nano(pretrained: bool = False, **kwargs: Any) -> CrossViT:
-    """0.4 M parameters, for images of 28 to 64 pixels; ours, not the paper's.
+    """0.3 M parameters, for images of 28 to 64 pixels; ours, not the paper's.
 
     ``features_only`` gives the last map of the fine branch and that of the coarse one, at strides 4 and 8.
     """
