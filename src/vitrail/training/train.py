@@ -193,6 +193,8 @@ class _Run:
         self.parameters = [parameter for group in self.groups for parameter in group["params"]]
         decay = resolved(config.ema)
         self.ema = ModelEmaV3(method.model, decay=decay, use_warmup=True) if decay else None
+        self.constrained = _constrained(method)
+        self.ema_constrained = _constrained(self.ema.module) if self.ema else []
         self.wrapped, self.optimizer = accelerator.prepare(method, create_optimizer(self.groups, recipe.optim))
 
         self.checkpoints = Checkpoints(folder.checkpoints)
@@ -320,9 +322,14 @@ class _Run:
         self.optimizer.step()
         for parameter in self.parameters:
             parameter.grad = None
+        for module in self.constrained:
+            module.constrain()
         self.method.after_step()
         if self.ema is not None:
             self.ema.update(self.method.model, step=step + 1)
+            # A mean of what meets a constraint need not meet it.
+            for module in self.ema_constrained:
+                module.constrain()
 
     def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the batch on the device, normalised and mixed."""
@@ -584,6 +591,11 @@ class _Measured:
         finite = self.norms.isfinite().tolist()
         guilty = self.owners[finite.index(False)] if False in finite else self.owners[0]
         return next(name for name, parameter in method.named_parameters() if parameter is guilty)
+
+
+def _constrained(whole: nn.Module) -> list[Any]:
+    """Return the modules whose parameters must meet a constraint, which ``constrain()`` brings about after a step."""
+    return [module for module in whole.modules() if callable(getattr(module, "constrain", None))]
 
 
 def _split(inputs: dict[str, Any], parts: int) -> Iterator[dict[str, Any]]:
