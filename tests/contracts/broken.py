@@ -351,6 +351,22 @@ def batch_edit() -> Callable[..., nn.Module]:
     return lambda model: _gated(model, Batchwise)
 
 
+def half_edit() -> Callable[..., nn.Module]:
+    class Half(Gate):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(-4 * x if torch.is_autocast_enabled("cpu") else x)
+
+    return lambda model: _gated(model, Half)
+
+
+def exported_edit() -> Callable[..., nn.Module]:
+    class Exported(Gate):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(2 * x if torch.compiler.is_exporting() else x)
+
+    return lambda model: _gated(model, Exported)
+
+
 EDITS: dict[Callable[..., Any], set[str]] = {
     copying_edit: {"it_returns_the_same_model_changed"},
     silent_edit: {"a_model_without_a_match_is_refused"},
@@ -364,7 +380,9 @@ EDITS: dict[Callable[..., Any], set[str]] = {
     once_edit: {"it_composes"},
     forgetful_edit: {"its_state_goes_round", "it_survives_saving_and_loading"},
     batch_edit: {"evaluation_does_not_depend_on_the_batch"},
+    half_edit: {"bf16_autocast_runs"},
 }
+"""What each breaks, and nothing else; ``exported_edit`` breaks the ONNX file alone."""
 
 
 def edit(make: Callable[..., Any]) -> Edit:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
+import passed
 import pytest
 import timm
 
@@ -50,6 +51,11 @@ def unless(*traits: str) -> Callable[[Check], Check]:
 def slow(check: Check) -> Check:
     """Mark a check that takes seconds."""
     return _mark(slow=True)(check)
+
+
+def costly(check: Check) -> Check:
+    """Mark a check that is not run again on what passed it as everything is: see ``passed.py``."""
+    return _mark(costly=True, slow=True)(check)
 
 
 def _mark(**marks: Any) -> Callable[[Check], Check]:
@@ -158,6 +164,8 @@ def cases(contract: ModuleType, subjects: Iterable[tuple[Card, Any]]) -> list[An
         for check in applicable(contract, subject.traits):
             marks = [pytest.mark.slow] if getattr(check, "slow", False) else []
             marks += exempt(card, subject.name, check)
+            if getattr(check, "costly", False) and passed.is_kept(check, subject):
+                marks.append(pytest.mark.skip(reason="it passed with these very sources and libraries: passed.json"))
             found.append(pytest.param(check, subject, id=f"{subject.name}-{check.__name__}", marks=marks))
     return found
 

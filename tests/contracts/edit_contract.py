@@ -10,8 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contract import leaves_alone, no_default_can_be_changed
-from probes import CLASSES, TOLERANCE, batch_does_not_matter, cross_entropy_step, gap, images, unreached, unsettled
+from contract import costly, leaves_alone, no_default_can_be_changed
+from probes import (
+    CLASSES,
+    TOLERANCE,
+    autocast_agrees,
+    batch_does_not_matter,
+    cross_entropy_step,
+    file_agrees,
+    gap,
+    images,
+    unreached,
+    unsettled,
+)
+from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 import vitrail
@@ -37,6 +49,11 @@ class Edit:
     host: str = "small_resnet_nano"
     options: dict[str, Any] = field(default_factory=dict)
     traits: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def modules(self) -> list[str]:
+        """What defines it and its host."""
+        return [str(self.make.__module__), str(model_entrypoint(self.host).__module__)]
 
     def plain(self, seed: int = 0) -> Any:
         """Return the host."""
@@ -169,3 +186,12 @@ def its_state_goes_round(subject: Edit) -> None:
 
 def evaluation_does_not_depend_on_the_batch(subject: Edit) -> None:
     batch_does_not_matter(unsettled(subject.build()), subject.images())
+
+
+def bf16_autocast_runs(subject: Edit) -> None:
+    autocast_agrees(unsettled(subject.build()), subject.images(8))
+
+
+@costly
+def its_onnx_file_agrees(subject: Edit) -> None:
+    file_agrees(unsettled(subject.build()), SIDE)

@@ -1,4 +1,4 @@
-"""Compute the gradients of every method in two processes, as the training loop does, and write them down."""
+"""Compute the gradients of every method and edit in two processes, as the training loop does, and write them down."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import broken
 import torch
 import torch.distributed as dist
 from method_contract import IMAGES, PARTS, Method
-from probes import gradients, step
-from subjects import methods
+from probes import gradients, labels, step, unsettled
+from subjects import edits, methods
 from torch.nn.parallel import DistributedDataParallel
+
+from vitrail.methods.supervised.supervised import Supervised
 
 
 def subjects() -> list[Method]:
@@ -29,6 +31,16 @@ def main(folder: Path) -> None:
             terms = step(DistributedDataParallel(method), subject.batch(part), share * len(PARTS))
             values = {"loss": share * terms["loss"].detach(), "gradients": gradients(method)}
         except Exception as error:  # noqa: BLE001 - of one method, which its own test reports
+            values = {"error": f"{type(error).__name__}: {error}"}
+        torch.save(values, folder / f"{subject.name}.{rank}.pt")
+    for _, subject in edits():
+        try:
+            method = Supervised(unsettled(subject.build())).train()
+            step(
+                DistributedDataParallel(method), {"image": subject.images(IMAGES)[part], "target": labels(IMAGES)[part]}
+            )
+            values = {"gradients": gradients(method)}
+        except Exception as error:  # noqa: BLE001 - of one edit, which its own test reports
             values = {"error": f"{type(error).__name__}: {error}"}
         torch.save(values, folder / f"{subject.name}.{rank}.pt")
 

@@ -7,34 +7,29 @@ import fnmatch
 import inspect
 import pickle
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import golden
-import numpy as np
 import torch
 import torch.nn.functional as F
-from contract import needs, slow, unless
-from PIL import Image
+from contract import costly, needs, unless
 from probes import (
     CLASSES,
     TOLERANCE,
+    autocast_agrees,
     batch_does_not_matter,
     cross_entropy_step,
+    file_agrees,
     gap,
     images,
     labels,
     unreached,
     unsettled,
 )
-from timm.models import group_parameters
+from timm.models import group_parameters, model_entrypoint
 from torch import Tensor, nn
-
-from vitrail.data.preprocess import Preprocess
-from vitrail.deploy.export import check_parity, export_onnx
 
 NANO_PARAMETERS = 1_000_000
 
@@ -47,6 +42,11 @@ class Model:
     create: Callable[..., Any]
     traits: frozenset[str] = field(default_factory=frozenset)
     side: int = 32
+
+    @property
+    def modules(self) -> list[str]:
+        """What defines it."""
+        return [str(model_entrypoint(self.name).__module__)]
 
     def build(self, seed: int = 0, **options: Any) -> Any:
         torch.manual_seed(seed)
@@ -276,18 +276,7 @@ def dropout_acts_in_training_alone(subject: Model) -> None:
 
 
 def bf16_autocast_runs(subject: Model) -> None:
-    model, x = unsettled(subject.build()).eval(), subject.images(8)
-    with torch.no_grad():
-        exact = model(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(x)
-    assert gap(logits.float(), exact) < 0.1, "under bf16 autocast the logits are far from those in float32"
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model.train()(x)
-    F.cross_entropy(logits.float(), labels(len(x))).backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()), (
-        "under bf16 autocast a gradient is not finite"
-    )
+    autocast_agrees(unsettled(subject.build()), subject.images(8))
 
 
 # ---- evaluation, storage, export
@@ -321,16 +310,7 @@ def channels_last_is_the_same(subject: Model) -> None:
     assert gap(logits, exact) < 1e-3, "channels-last memory changes the logits"
 
 
-@slow
+@costly
 @needs("nano")
 def its_onnx_file_agrees(subject: Model) -> None:
-    model = unsettled(subject.build()).eval()
-    preprocess = Preprocess((subject.side, subject.side), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    pictures = np.random.default_rng(0).integers(0, 256, (2, subject.side, subject.side, 3), dtype=np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.onnx"
-        export_onnx(model, preprocess, file, classes=[str(number) for number in range(CLASSES)])
-        parity = check_parity(model, preprocess, file, [Image.fromarray(picture) for picture in pictures])
-    with torch.no_grad():
-        scale = float(model(torch.from_numpy(preprocess.normalise(pictures))).abs().max())
-    assert parity.max_abs_diff < 1e-3 * max(scale, 1), f"the ONNX file's logits are {parity.max_abs_diff:.2g} off"
+    file_agrees(unsettled(subject.build()), subject.side)

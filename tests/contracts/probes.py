@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
+from vitrail.data.preprocess import Preprocess
+from vitrail.deploy.export import check_parity, export_onnx
 from vitrail.methods.method import Method
 
 CLASSES = 5
@@ -78,6 +84,36 @@ def batch_does_not_matter(model: nn.Module, x: Tensor) -> None:
     assert gap(model(others)[:1], together[:1]) < TOLERANCE, (
         "in evaluation, the logits of an image depend on the others in its batch"
     )
+
+
+def autocast_agrees(model: nn.Module, x: Tensor) -> None:
+    """Raise unless a model gives about the same logits under bf16 autocast, and finite gradients."""
+    model.eval()
+    with torch.no_grad():
+        exact = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(x)
+    assert gap(logits.float(), exact) < 0.1, "under bf16 autocast the logits are far from those in float32"
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.train()(x)
+    F.cross_entropy(logits.float(), labels(len(x))).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()), (
+        "under bf16 autocast a gradient is not finite"
+    )
+
+
+@torch.no_grad()
+def file_agrees(model: nn.Module, side: int) -> None:
+    """Raise unless the ONNX file of a model gives its logits."""
+    model.eval()
+    preprocess = Preprocess((side, side), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    pictures = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export_onnx(model, preprocess, file, classes=[str(number) for number in range(CLASSES)])
+        parity = check_parity(model, preprocess, file, [Image.fromarray(picture) for picture in pictures])
+    scale = float(model(torch.from_numpy(preprocess.normalise(pictures))).abs().max())
+    assert parity.max_abs_diff < 1e-3 * max(scale, 1), f"the ONNX file's logits are {parity.max_abs_diff:.2g} off"
 
 
 def step(method: Method, batch: dict[str, Any], share: float = 1.0) -> dict[str, Tensor]:

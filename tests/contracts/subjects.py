@@ -20,7 +20,7 @@ from torch import nn
 from vitrail.catalog import Card
 from vitrail.data.sources import open_source
 from vitrail.methods.method import Method as MethodBase
-from vitrail.models import create_model
+from vitrail.models import create_model, model_names
 from vitrail.training.recipe import DataConfig
 
 EDIT = ("Edit", "Callable[[nn.Module], nn.Module]")
@@ -42,6 +42,7 @@ def _creator(name: str) -> Callable[..., nn.Module]:
 
 def edits() -> Found:
     """Yield every function that returns an edit."""
+    model_names()  # registers every host
     for card, path, thing in _parts():
         if returns(thing, *EDIT):
             yield card, Edit(_name(path), path, thing, **_trial(card))

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 import contract
+import model_contract
+import passed
 import pytest
 import subjects
 
@@ -150,3 +152,37 @@ def test_every_recipe_key_is_read():
     read = read_attributes()
     assert not unread(recipe_keys(), read)
     assert unread(["train.epochs", "train.bogus_setting"], read) == ["train.bogus_setting"]
+
+
+def test_what_is_kept_as_passed_rests_on_every_source_and_library(monkeypatch, tmp_path):
+    check = model_contract.its_onnx_file_agrees
+    found = {subject.name: subject for _, subject in subjects.models()}
+    net, other = found["rmt_nano"], found["xcit_nano"]
+    rests_on = passed.closure(net.modules)
+    assert {"vitrail.models.rmt", "vitrail.models.planes", "vitrail.models.staged", "vitrail.errors"} <= rests_on
+    assert not {"vitrail.models.xcit", "vitrail.training.train", "numpy"} & rests_on
+    before = passed.key(check, net), passed.key(check, other)
+    assert before[0] != before[1]
+
+    # A changed file changes the keys of what rests on it.
+    changed = tmp_path / "planes.py"
+    changed.write_text((SOURCE / "models/planes.py").read_text() + "\n# changed\n")
+    real = passed._file
+    monkeypatch.setattr(passed, "_file", lambda name: changed if name == "vitrail.models.planes" else real(name))
+    assert passed.key(check, net) != before[0]
+    assert passed.key(check, other) == before[1]
+    monkeypatch.setattr(passed, "_file", real)
+    # So does another version of a library.
+    monkeypatch.setattr(passed, "version", lambda library: "0")
+    assert passed.key(check, net) != before[0]
+
+
+def test_only_what_passed_as_it_is_is_left_out(monkeypatch):
+    check = model_contract.its_onnx_file_agrees
+    pairs = [(card, subject) for card, subject in subjects.models() if subject.name in ("rmt_nano", "xcit_nano")]
+    net = pairs[0][1]
+    monkeypatch.setattr(passed, "_kept", lambda: {net.name: passed.key(check, net), pairs[1][1].name: "of before"})
+    skipped = [
+        case.id for case in contract.cases(model_contract, pairs) if any(mark.name == "skip" for mark in case.marks)
+    ]
+    assert skipped == [f"{net.name}-its_onnx_file_agrees"]

@@ -1,4 +1,7 @@
-"""Two real processes, each with its share of a batch, compute the loss and the gradients of one."""
+"""Two real processes, each with its share of a batch, compute the loss and the gradients of one.
+
+An edited model may hold statistics of its process's images, so of edits both must only come to the same gradients.
+"""
 
 import os
 import subprocess
@@ -9,15 +12,21 @@ import broken
 import pytest
 import torch
 from contract import exempt
+from edit_contract import every_parameter_gets_a_gradient
 from method_contract import its_loss_is_a_mean_over_images
 from probes import TOLERANCE, gap, gradients, step, the_same_gradients
-from subjects import methods
+from subjects import edits, methods
 
 from once import made_once
 
 CASES = [
     pytest.param(subject, id=subject.name, marks=exempt(card, subject.name, its_loss_is_a_mean_over_images))
     for card, subject in methods()
+]
+
+EDITS = [
+    pytest.param(subject, id=subject.name, marks=exempt(card, subject.name, every_parameter_gets_a_gradient))
+    for card, subject in edits()
 ]
 
 
@@ -54,6 +63,16 @@ def agree(folder, subject):
 @pytest.mark.parametrize("subject", CASES)
 def test_two_processes_compute_the_gradients_of_one(folder, subject):
     agree(folder, subject)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", EDITS)
+def test_an_edited_model_trains_in_two_processes(folder, subject):
+    first, second = (torch.load(folder / f"{subject.name}.{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert "error" not in first and "error" not in second, (first, second)
+    for name, value in first["gradients"].items():
+        assert value.isfinite().all() and value.any(), f"no gradient reaches {name}"
+        assert torch.equal(value, second["gradients"][name]), f"two processes have different gradients of {name}"
 
 
 @pytest.mark.slow

@@ -90,9 +90,15 @@ class Branches(nn.Module):
         return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
 
 
+class FixedBatch(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3)) + torch.ones(len(images), 3)
+
+
 @pytest.mark.parametrize(
     ("model", "classes", "message"),
     [
+        (FixedBatch(), 3, r"FixedBatch.*number of images.*2.*x\.shape\[0\]"),
         (NoCounterpart(), 8, r"NoCounterpart.*aten\.linalg_eig.*choose another model"),
         (Branches(), 3, r"Branches.*branches on the values.*torch\.where"),
     ],

@@ -30,6 +30,7 @@ from onnxscript.rewriter.rules.common import (
     normalize_pad_format_conv_rule,
 )
 from PIL import Image
+from timm.utils.model import reparameterize_model
 from torch import nn
 
 from vitrail.data.preprocess import Preprocess
@@ -111,7 +112,9 @@ def export_onnx(
             f"cannot export with temperature = {temperature}: it is above 0; 1 leaves the logits as they are"
         )
     # Exported on the CPU in fp32, whatever the model was trained in, and without touching the caller's.
-    network = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
+    network = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    # What folds itself for inference does: the file has the plain layers.
+    network = reparameterize_model(network, inplace=True).requires_grad_(False)
     weights = sum(value.numel() * value.element_size() for value in network.state_dict().values())
     if weights > LARGEST_BYTES:
         raise VitrailError(
@@ -198,6 +201,14 @@ def _export_network(network: nn.Module, example: torch.Tensor) -> onnx.ModelProt
             )
             if program is None:  # for the type checker: only with dynamo=False
                 raise VitrailError("the exporter returned nothing")
+            shape = program.model.graph.inputs[0].shape
+            if shape is None or isinstance(shape[0], int):
+                # The exporter's last resort is a file for as many images as the example has, which it does not say.
+                raise VitrailError(
+                    f"cannot export {type(network).__name__} to ONNX: its forward fixes the number of images at the "
+                    f"example's {example.shape[0]}; take it from x.shape[0], not from len(x) or int(), or choose "
+                    "another model"
+                )
             _simplify(program.model)
     except torch.onnx.OnnxExporterError as error:
         raise VitrailError(_explain(type(network).__name__, error)) from error

@@ -151,7 +151,8 @@ class InterleavedAttention(nn.Module):
         before = []
         if prefix:
             own, keys, values = self._heads(x[:, :prefix])
-            batch, windows = len(x), len(query) // len(x)
+            batch = x.shape[0]  # len() would fix the number in an exported file
+            windows = query.shape[0] // batch
             every = [part.unflatten(0, (batch, windows)).transpose(1, 2).flatten(2, 3) for part in (key, value)]
             before = [self._attended(own, torch.cat((keys, every[0]), 2), torch.cat((values, every[1]), 2))]
             key = torch.cat((keys.repeat_interleave(windows, 0), key), 2)

@@ -181,7 +181,7 @@ class AFTNet(PlainNet):
         if self.cls_token is not None and self.pos_embed is not None:
             token, patches = self.pos_embed.split([1, self.grid[0] * self.grid[1]], 1)
             places = resampled(patches.unflatten(1, self.grid), grid).flatten(1, 2)
-            x = torch.cat([(self.cls_token + token).expand(len(x), -1, -1), x + places], 1)
+            x = torch.cat([(self.cls_token + token).expand(x.shape[0], -1, -1), x + places], 1)
         return (x, grid), grid
 
     def pass_through(self, block: nn.Module, *state: Any) -> State:
