@@ -15,7 +15,7 @@ ORDER = [
     ["cli", "__main__"],
     ["app", "checks"],
     ["training", "search"],
-    ["methods", "compress", "generate"],
+    ["methods", "compress", "generate", "retrieve"],
     ["models"],
     ["layers", "edits", "data", "evaluate", "deploy", "report"],
     ["catalog"],

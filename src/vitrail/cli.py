@@ -48,6 +48,7 @@ def app() -> None:
 @click.option("--minutes", type=float, help="Wall-clock budget, report included.  [default: 10; 1 for the digits]")
 @click.option("--out", type=FILE, help="Run folder.  [default: runs/ and the name of the data]")
 @click.option("--target-ms", type=float, help="Latency per image that the shipped model must meet.")
+@click.option("--matryoshka", is_flag=True, help="Nested embeddings: the first 8, 16, 32 ... numbers do by themselves.")
 @click.option("--recipe", type=FILE, help="TOML recipe, or the name of a shipped one, as deit3.")
 @overrides
 def fit(
@@ -55,6 +56,7 @@ def fit(
     minutes: float | None,
     out: Path | None,
     target_ms: float | None,
+    matryoshka: bool,
     recipe: Path | None,
     overrides: tuple[str, ...],
 ) -> None:
@@ -73,6 +75,7 @@ def fit(
             minutes=minutes,
             out=out,
             target_ms=target_ms,
+            matryoshka=matryoshka,
             recipe=recipe,
             overrides=overrides,
             events=display.event,

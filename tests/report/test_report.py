@@ -112,6 +112,23 @@ def test_plots_take_the_colours_of_the_page(full):
         assert "DejaVu" not in svg
 
 
+def test_a_nested_model_is_told_by_dimension(sketched):
+    some = content()
+    some.summary["nested"] = {
+        "images": 900,
+        "database": 1234,
+        "table": [
+            {"dim": 8, "bytes": 32, "top1": 0.512, "neighbour_top1": 0.478},
+            {"dim": 16, "bytes": 64, "top1": 0.625, "neighbour_top1": 0.587},
+        ],
+    }
+    page = Page(render(some))
+    assert page.sections() == [*SECTIONS[:5], "nested", *SECTIONS[5:]]
+    assert ("a", [("href", "#nested")]) in page.tags
+    for words in ("900 held-out images", "1 234 training images", "8 32 51.2 % 47.8 % 16 64 62.5 % 58.7 %"):
+        assert words.replace(" %", "\u202f%") in page.text or words in page.text, words
+
+
 @pytest.mark.parametrize(
     ("part", "empty", "section"),
     [

@@ -19,14 +19,17 @@ from vitrail.app.environment import environment
 from vitrail.app.learn import Learned
 from vitrail.app.story import gather
 from vitrail.data.audit import Audit
+from vitrail.data.batches import Batches, batches_of
 from vitrail.data.index import Index
 from vitrail.data.loader import make_loader
 from vitrail.data.views import build_views
 from vitrail.deploy.export import check_parity, export_onnx
 from vitrail.deploy.tournament import TournamentResult, tournament
 from vitrail.evaluate.calibration import calibrate, expected_calibration_error
+from vitrail.evaluate.cascade import nearest_right, nested_answers
 from vitrail.evaluate.corruptions import corruption_suite
 from vitrail.evaluate.metrics import evaluate
+from vitrail.layers.nested import its_nested_classifier, nested_classifier
 from vitrail.report.model_card import write_model_card
 from vitrail.report.report import write_report
 from vitrail.runs import RunFolder, read_json, write_json
@@ -36,6 +39,9 @@ from vitrail.training.validate import validate
 REPORT_SECONDS = 6.0
 """Kept for writing the report."""
 UNREADABLE_LISTED = 1000
+NESTED_SHARE = 0.03
+"""Of the budget, at most, for seeing held-out images at every dimension of a nested model; as much for its database."""
+NESTED_IMAGES = 2000
 
 
 class Stages(Protocol):
@@ -106,7 +112,30 @@ class Finish:
             figures["ece_calibrated"] = self.calibration["ece_calibrated"]
         else:
             figures["ece_calibrated"] = expected_calibration_error(values, targets, temperature=self.temperature)
+        if nested_classifier(self.model) is not None:
+            figures["nested"] = self._nested()
         return figures
+
+    def _nested(self) -> dict[str, Any]:
+        """Return what a nested model is worth at each of its dimensions, on some of the images."""
+        seconds = NESTED_SHARE * (self.fit.clock.seconds or 600.0)
+
+        def answers(rows: np.ndarray) -> tuple[np.ndarray, ...]:
+            batches = batches_of(self.index, _spread(rows, NESTED_IMAGES), self.preprocess)
+            return nested_answers(self.model, _for_seconds(batches, seconds))[1:]
+
+        right, queries, truth = answers(self.rows)
+        _, database, labels = answers(self.index.rows("train"))
+        table = [
+            {
+                "dim": dim,
+                "bytes": 4 * dim,
+                "top1": float(right[level].mean()),
+                "neighbour_top1": nearest_right(dim, queries, truth, database, labels),
+            }
+            for level, dim in enumerate(its_nested_classifier(self.model).dims)
+        ]
+        return {"table": table, "images": len(queries), "database": len(database)}
 
     # ---- what ships
 
@@ -289,6 +318,15 @@ class Finish:
 def _spread(rows: np.ndarray, count: int) -> np.ndarray:
     """Return up to ``count`` of ``rows`` in an order without meaning, the same at every call."""
     return np.random.default_rng(0).permutation(rows)[:count]
+
+
+def _for_seconds(batches: Batches, seconds: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield batches, the first and those that are asked for within so many seconds."""
+    end = time.monotonic() + seconds
+    for batch in batches():
+        yield batch
+        if time.monotonic() > end:
+            return
 
 
 def _counts(entry: dict[str, Any]) -> dict[str, int]:

@@ -21,10 +21,11 @@ from vitrail.data.index import Index, build_index, write_split_csv
 from vitrail.data.sources import Source, open_source
 from vitrail.errors import InputError, RunError
 from vitrail.runs import RunFolder, read_json, write_json, write_text
-from vitrail.training.recipe import Recipe, apply_overrides
+from vitrail.training.recipe import EditConfig, Recipe, apply_overrides
 
 Event = dict[str, Any]
 Tell = Callable[[Event], None]
+NESTED_METHOD, NESTED_EDITS = "mrl:MatryoshkaTraining", ("mrl", "mrl:nested_head")
 
 
 def fit(
@@ -33,6 +34,7 @@ def fit(
     minutes: float | None = None,
     out: str | Path | None = None,
     target_ms: float | None = None,
+    matryoshka: bool = False,
     recipe: str | Path | Recipe | None = None,
     overrides: Iterable[str] = (),
     events: Tell | None = None,
@@ -47,6 +49,7 @@ def fit(
         minutes: wall-clock budget, report included; 10 unless the recipe says otherwise (1 for the digits).
         out: run folder; ``runs/`` and the name of the data by default.
         target_ms: latency per image that the shipped model must meet, in milliseconds.
+        matryoshka: train a nested representation: short for the edit ``mrl`` and the method ``mrl:MatryoshkaTraining``.
         recipe: TOML file, the name of a shipped one, or ``Recipe``.
         overrides: ``key=value`` entries of the recipe.
         events: called with dictionaries whose ``"event"`` is ``stage``, ``message``, ``warning`` or ``progress``.
@@ -60,7 +63,9 @@ def fit(
         >>> summary["top1"]                                      # doctest: +SKIP
     """
     started = time.monotonic() if started is None else started
-    asked = request(path, minutes=minutes, target_ms=target_ms, recipe=recipe, overrides=overrides)
+    asked = request(
+        path, minutes=minutes, target_ms=target_ms, matryoshka=matryoshka, recipe=recipe, overrides=overrides
+    )
     check_names(asked)
     run = RunFolder(out if out is not None else default_folder(asked))
     state = PartialState()
@@ -85,6 +90,7 @@ def request(
     *,
     minutes: float | None,
     target_ms: float | None,
+    matryoshka: bool = False,
     recipe: str | Path | Recipe | None,
     overrides: Iterable[str],
 ) -> Recipe:
@@ -103,6 +109,14 @@ def request(
     for name, value in (("minutes", minutes), ("target_ms", target_ms)):
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"--{name.replace('_', '-')} {value:g} is not allowed: give a number above 0")
+    if matryoshka:
+        if asked.method.name not in ("supervised", NESTED_METHOD):
+            raise InputError(
+                f"--matryoshka trains by {NESTED_METHOD}, not by {asked.method.name}: leave out one of them"
+            )
+        asked.method.name = NESTED_METHOD
+        if not any(edit.name in NESTED_EDITS for edit in asked.model.edits):
+            asked.model.edits = [*asked.model.edits, EditConfig(name=NESTED_EDITS[0])]
     if target_ms is not None:
         asked.deploy.target_ms = target_ms
     if minutes is not None:
