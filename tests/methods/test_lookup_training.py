@@ -40,6 +40,14 @@ def test_smoothing_and_weights_are_those_of_supervised_training():
     torch.testing.assert_close(other(batch)["lookup"], slow.detach())
 
 
+def test_several_labels_of_an_image_are_learnt_each():
+    method = trainer(smoothing=0.0, multilabel=True)
+    images, target = torch.randn(4, 3, 8, 8), torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
+    terms = method({"image": images, "target": target})
+    for name, logits in zip(("compressed", "lookup"), method.model.both(method.model.forward_features(images))):
+        torch.testing.assert_close(terms[name], F.binary_cross_entropy_with_logits(logits, target).detach())
+
+
 def test_a_model_of_one_classifier_is_refused():
     with pytest.raises(InputError, match=r"SmallResNet has one classifier: .*lookupvit_nano.*'supervised'"):
         LookupTraining(create_model("small_resnet_nano", num_classes=3))

@@ -209,7 +209,10 @@ def test_it_costs_what_the_paper_counts():
     assert (len(model.blocks), model.blocks[0].cross.num_heads) == (12, 12)
     with torch.device("meta"):
         large = create_model("lookupvit_large", num_classes=1000)
+        base = create_model("lookupvit_base", num_classes=1000)
     assert (len(large.blocks), large.blocks[0].cross.num_heads, large.num_features) == (24, 16, 1024)
+    assert (base.compressed, large.compressed) == ((7, 7), (7, 7))
+    assert [large.blocks[0].refine.mlp.fc1.out_features, large.blocks[0].mlp.fc1.out_features] == [4096, 512]
 
 
 def test_stochastic_depth_rises_and_positions_do_not_decay():
@@ -222,6 +225,24 @@ def test_stochastic_depth_rises_and_positions_do_not_decay():
     assert float(wide.patch_embed.weight.detach().abs().max()) == pytest.approx((6 / (48 + 64)) ** 0.5, rel=0.05)
     assert float(wide.blocks[0].mlp.fc1.weight.detach().abs().max()) == pytest.approx((6 / (64 + 32)) ** 0.5, rel=0.05)
     assert not wide.blocks[0].cross.query.bias.any()
+    wide.reset_classifier(90)
+    for head in (wide.head, wide.head_lookup):
+        assert float(head.weight.detach().abs().max()) == pytest.approx((6 / (64 + 90)) ** 0.5, rel=0.05)
+        assert not head.bias.any()
+    video = tiny(frames=4, embed_dim=64, compressed=(1, 2, 2))
+    assert float(video.patch_embed.weight.detach().abs().max()) == pytest.approx((6 / (54 + 64)) ** 0.5, rel=0.05)
+    assert not video.patch_embed.bias.any()
+
+
+def test_all_that_a_block_adds_and_what_classifiers_take_is_dropped():
+    nearly = 1 - 1e-12
+    block, lookup, compressed = Block(8, 2, 3.0, 0.5, drop_path=nearly), torch.randn(2, 9, 8), torch.randn(2, 4, 8)
+    found = block.train()(lookup, compressed)
+    assert torch.equal(found[0], lookup)
+    assert torch.equal(found[1], compressed)
+    model = moved(tiny(drop_rate=nearly)).train()
+    for logits, head in zip(model.both(model.forward_features(normal(2, 3, 12, 12))), model.get_classifier()):
+        torch.testing.assert_close(logits, head.bias.expand(2, -1))
 
 
 def test_arms_of_the_check_cost_what_it_says():
@@ -242,6 +263,10 @@ def test_arms_of_the_check_cost_what_it_says():
         ({"depth": 0}, "depth = 0 .*1 or more"),
         ({"num_heads": 3}, "num_heads = 3 does not divide a width of 8"),
         ({"lookup_ratio": 0.1}, r"lookup_ratio = 0\.1 are not allowed"),
+        ({"embed_dim": 0}, "embed_dim = 0 .*1 or more"),
+        ({"compressed": 4}, r"compressed = 4 .*\(rows, columns\)"),
+        ({"compressed": (2.5, 2)}, r"compressed = \(2\.5, 2\) .*\(rows, columns\)"),
+        ({"train_compressed": (2, 2)}, r"compressed = 2 .*\(rows, columns\)"),
         ({"compressed": (2, 2, 2)}, r"compressed = \(2, 2, 2\) .*\(rows, columns\), each 1 or more"),
         ({"compressed": (0, 2)}, r"compressed = \(0, 2\)"),
         ({"train_compressed": ((2, 2), (3,))}, r"compressed = \(3,\)"),

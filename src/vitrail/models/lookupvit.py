@@ -177,7 +177,13 @@ class LookupViT(PlainNet):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        sizes = {"img_size": img_size, "patch_size": patch_size, "depth": depth, "tubelet": tubelet}
+        sizes = {
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "tubelet": tubelet,
+        }
         if frames is not None:
             sizes["frames"] = frames
         for name, value in sizes.items():
@@ -230,10 +236,11 @@ class LookupViT(PlainNet):
         self.compressed = self._checked(grid)
 
     def _checked(self, grid: Sequence[int]) -> Grid:
-        if len(grid) != len(self.patch) or min(grid) < 1:
+        sides = tuple(grid) if isinstance(grid, Sequence) else ()
+        if len(sides) != len(self.patch) or any(not isinstance(side, int) or side < 1 for side in sides):
             wanted = "(rows, columns)" if len(self.patch) == 2 else "(times, rows, columns)"
-            raise InputError(f"compressed = {tuple(grid)} is not allowed: give {wanted}, each 1 or more")
-        return tuple(grid)
+            raise InputError(f"compressed = {sides or grid} is not allowed: give {wanted}, each 1 or more")
+        return sides
 
     def begin(self, x: Tensor) -> tuple[State, Grid]:
         """Return lookup and compressed tokens with their positions, and the grid of the lookup tokens."""
