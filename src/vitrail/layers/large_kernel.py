@@ -40,13 +40,18 @@ class LargeKernelConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (B, C, H, W) of (B, C, H, W)."""
-        if input.device.type != "cpu" or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
-            return super().forward(input)
-        kept = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-        work = torch.float32 if kept in LOW else kept
-        bias = None if self.bias is None else self.bias.to(work)
-        with torch.autocast("cpu", enabled=False):
-            return convolved(input.to(work), self.weight.to(work), bias, self.dilation[0]).to(kept)
+        return large_kernel_conv2d(input, self.weight, self.bias, self.dilation[0])
+
+
+def large_kernel_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
+    """Return what ``LargeKernelConv2d`` does of x (B, C, H, W), with a weight (C, 1, k, k), k odd, from elsewhere."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        return F.conv2d(x, weight, bias, 1, _zeros(weight, dilation), dilation, weight.shape[0])
+    kept = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    work = torch.float32 if kept in LOW else kept
+    bias = None if bias is None else bias.to(work)
+    with torch.autocast("cpu", enabled=False):
+        return convolved(x.to(work), weight.to(work), bias, dilation).to(kept)
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
