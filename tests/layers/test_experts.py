@@ -89,6 +89,14 @@ def test_noise_is_of_training_alone():
     assert float(mixture.eval().route(torch.zeros(9, 6)).probabilities.detach().std()) == 0
 
 
+def test_a_router_is_exact_where_tokens_are_not():
+    mixture = MixtureOfExperts(6, 5, 4).bfloat16().eval()
+    routing = mixture.route(torch.randn(9, 6).bfloat16())
+    assert (routing.probabilities.dtype, routing.gates.dtype) == (torch.float32, torch.float32)
+    said, balance = mixture(torch.randn(1, 9, 6).bfloat16())
+    assert (said.dtype, balance.dtype) == (torch.bfloat16, torch.float32)
+
+
 def test_dropout_follows_both_layers_of_an_expert():
     mixture = layer(experts=1, top_k=1, drop=0.5, capacity=2.0)
     tokens = normal(200, 6)
@@ -131,6 +139,7 @@ def test_a_file_of_it_takes_any_number_of_tokens():
         ({"top_k": 5}, "experts = 4 with top_k = 5"),
         ({"top_k": 0}, "experts = 4 with top_k = 0"),
         ({"capacity": 0}, "capacity = 0 .*above 0"),
+        ({"capacity": math.nan}, "capacity = nan .*above 0"),
     ],
 )
 def test_options_that_do_not_fit_are_explained(options, message):

@@ -43,6 +43,15 @@ def test_smoothing_and_weights_are_those_of_supervised_training():
     torch.testing.assert_close(method(batch())["supervised"], slow.detach())
 
 
+def test_the_balance_weighs_as_published_and_labels_may_be_several():
+    assert BalancedExperts(net()).balance == 0.01
+    method = BalancedExperts(net().eval(), smoothing=0.0, multilabel=True)
+    target = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
+    logits = method.model(batch()["image"])
+    found = method({**batch(), "target": target})["supervised"]
+    torch.testing.assert_close(found, F.binary_cross_entropy_with_logits(logits, target).detach())
+
+
 def test_training_by_it_evens_the_load():
     method = BalancedExperts(net(), balance=1.0)
     for block in method.model.blocks:

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,7 +163,27 @@ def test_dropout_stochastic_depth_and_what_does_not_decay():
     assert [getattr(block.drop_path, "drop_prob", 0.0) for block in model.blocks] == pytest.approx([0, 0.2, 0.4])
     groups = model.group_matcher()
     assert "experts" in groups["stem"]
-    assert "experts.experts.fc?_bias" in model.no_weight_decay()
+    assert {key for key, _ in model.named_parameters() if re.match(groups["stem"], key)} == {
+        key for key, _ in model.named_parameters() if not re.match(r"blocks|norm|representation|head", key)
+    }
+    assert model.no_weight_decay() == {"pos_embed", "class_pos", "experts.experts.fc?_bias"}
+
+
+def test_what_is_embedded_what_depths_add_and_what_is_pooled_is_dropped():
+    nearly, x = 1 - 1e-12, torch.randn(2, 3, 12, 12)
+    model = tiny(proj_drop_rate=nearly)
+    (places, _), _ = model.begin(x)
+    assert not places.any()
+    assert not model.attention(torch.randn(2, 5, 8)).any()
+    model = tiny(drop_path_rate=nearly, depth=2)
+    (places, _), _ = model.begin(x)
+    (found, _), (found_first, _) = (model.pass_through(block, places, torch.zeros(())) for block in model.blocks[::-1])
+    assert torch.equal(found, places)
+    assert not torch.equal(found_first, places)
+    model = tiny(drop_rate=nearly)
+    with torch.no_grad():
+        model.head.bias.fill_(1)
+    torch.testing.assert_close(model(x), torch.ones(2, 3))
 
 
 def test_arms_of_the_check_have_the_parameters_it_says():
@@ -175,6 +197,8 @@ def test_arms_of_the_check_have_the_parameters_it_says():
     [
         ({"img_size": 0}, "img_size = 0 .*1 or more"),
         ({"hidden": 0}, "hidden = 0 .*1 or more"),
+        ({"embed_dim": 0}, "embed_dim = 0 .*1 or more"),
+        ({"proj_drop_rate": 1.5}, r"proj_drop_rate = 1\.5 .*in \[0, 1\)"),
         ({"num_heads": 3}, "num_heads = 3 does not divide a width of 8"),
         ({"top_k": 5}, "experts = 4 with top_k = 5"),
         ({"global_pool": "max"}, "global_pool = 'max' .*give avg"),

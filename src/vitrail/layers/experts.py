@@ -126,7 +126,7 @@ class MixtureOfExperts(nn.Module):
                 f"experts = {experts} with top_k = {top_k} is not allowed: give 1 expert or more, and top_k from 1 to "
                 "their number"
             )
-        if capacity <= 0:
+        if not capacity > 0:
             raise InputError(f"capacity = {capacity} is not allowed: give a number above 0, such as 1.2")
         self.count, self.top_k, self.capacity = experts, top_k, capacity
         self.noise = 1 / experts if noise is None else noise

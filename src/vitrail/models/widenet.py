@@ -95,7 +95,7 @@ class WideNet(PlainNet):
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first, in [0, 1).
 
     Raises:
-        InputError: sizes below 1, heads that do not divide C, experts or a pooling that are not allowed.
+        InputError: sizes below 1, heads that do not divide C, experts, a rate or a pooling that are not allowed.
     """
 
     BEFORE = r"^(?:patch_embed|pos_embed|class_pos|attention|experts)"
@@ -122,9 +122,18 @@ class WideNet(PlainNet):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value in {"img_size": img_size, "patch_size": patch_size, "depth": depth, "hidden": hidden}.items():
+        sizes = {
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "hidden": hidden,
+        }
+        for name, value in sizes.items():
             if value < 1:
                 raise InputError(f"{name} = {value} is not allowed: give 1 or more")
+        if not 0 <= proj_drop_rate < 1:
+            raise InputError(f"proj_drop_rate = {proj_drop_rate} is not allowed: give a rate in [0, 1)")
         if num_heads < 1 or embed_dim % num_heads:
             raise InputError(f"num_heads = {num_heads} does not divide a width of {embed_dim}: give a divisor of it")
         side = -(-img_size // patch_size)
