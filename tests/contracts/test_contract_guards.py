@@ -85,8 +85,8 @@ def test_every_trait_means_something(slug):
             close = nearest(trait, contract.WORDS)
             assert trait in contract.WORDS, f"{slug} has the unknown trait {trait!r}; nearest: {close}"
         elif key.startswith("not "):
-            # A model's system may have a method beside it.
-            beside = ("method_contract",) if card.stage == "model" else ()
+            # A model's or an edit's system may have a method beside it.
+            beside = ("method_contract",) if card.stage in ("model", "edit") else ()
             names = (CONTRACTS[card.stage], *beside, "check_contract")
             contracts = [importlib.import_module(name) for name in names]
             known = {check.__name__ for module in contracts for check in contract.checks_of(module)}

@@ -216,7 +216,7 @@ def test_half_precision_is_updated_in_single():
 
 
 def test_what_is_not_finite_reaches_the_parameter_and_not_the_user():
-    parameter = nn.Parameter(frames(2, 5, 3))
+    parameter = nn.Parameter(frames(4, 5, 3))
     optimizer = GrassmannSGD([parameter], lr=0.1)
     parameter.grad = torch.full_like(parameter, float("nan"))
     optimizer.step()

@@ -249,13 +249,19 @@ def gramian_heads(*, heads: int = 5, gram_dim: int = 192) -> Edit:
         if not found or not weights:
             listed = ", ".join(sorted({type(module).__name__ for module in model.modules() if module is not model}))
             raise InputError(f"the edit found no classifier in {type(model).__name__}; its modules are: {listed}")
+        width = getattr(old, "in_features", None) or getattr(old, "in_channels", None)
+        if width is None or getattr(model, "global_pool", None) == "":
+            raise InputError(
+                f"gramian_heads takes the place of a model's own pooling and linear classifier, and this "
+                f"{type(model).__name__} has another, {type(old).__name__}: leave out the edit that put it there"
+            )
         classes, like = model.num_classes, weights[0]
         known = set(model.modules())
         model.reset_classifier(0, "")
         for module in set(model.modules()) - known:
             module.training = model.training
         new = GramianHeads(
-            like.shape[1],
+            width,
             classes,
             heads=heads,
             gram_dim=gram_dim,
