@@ -94,8 +94,8 @@ class FocalModulation(nn.Module):
         mean = F.gelu(context.mean((2, 3), keepdim=True))
         modulator = self.h(self.share * (total + mean * levels[:, -1:])).flatten(2).transpose(1, 2)
         if prefix:
-            alone = self.share * mean.flatten(2).transpose(1, 2) * gates[:, :prefix, -1:]  # (B, prefix, C)
-            modulator = torch.cat((F.linear(alone, self.h.weight.flatten(1), self.h.bias), modulator), 1)
+            alone = self.share * mean * gates[:, None, :prefix, -1:]  # (B, C, prefix, 1)
+            modulator = torch.cat((self.h(alone).flatten(2).transpose(1, 2), modulator), 1)
         return self.proj_drop(self.proj(self.ln(query * modulator))).view(x.shape)
 
     def _places(self, x: Tensor) -> tuple[int, int, int]:

@@ -60,8 +60,8 @@ def interleaved_attention(
                 )
             tokens["grid"] = model.patch_embed.grid_size if grid is None else grid
             tokens["prefix"] = model.num_prefix_tokens if prefix is None else prefix
-            # Of the last block only the class token is read, which no convolution reaches.
-            last = model.blocks[-1].attn if model.global_pool == "token" else None
+            # Of the last block only the class token is read, which no convolution reaches; a recursive one reads more.
+            last = getattr(model.blocks[-1], "attn", None) if model.global_pool == "token" else None
 
         def build(module: Any) -> nn.Module:
             swin = isinstance(module, SwinTransformerBlock)

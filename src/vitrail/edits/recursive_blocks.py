@@ -68,9 +68,10 @@ class RecursiveBlock(nn.Module):
 
     def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
         """Return what came, shaped alike."""
+        attention = getattr(self.block, "attn", None)  # another edit may have put something else there
         for number, project in enumerate(self.projections):
-            if isinstance(self.block.attn, SlicedAttention):
-                self.block.attn.groups, self.block.attn.shuffled = self.groups[number % 2], bool(number % 2)
+            if isinstance(attention, SlicedAttention):
+                attention.groups, attention.shuffled = self.groups[number % 2], bool(number % 2)
             x = project(self.block(x, *more, **named))
         return x
 
@@ -107,12 +108,15 @@ def recursive(
             f"recursive: groups = {groups} is not allowed: give two numbers of 1 or more, of even and odd passes"
         )
 
-    def matches(name: str, module: nn.Module) -> bool:
-        norm = getattr(module, "norm1", None)
-        last = isinstance(norm, nn.LayerNorm) and not isinstance(norm, LayerNorm2d)
-        return last and hasattr(module, "attn") and (modules is None or re.fullmatch(modules, name) is not None)
-
     def edit(model: nn.Module) -> nn.Module:
+        head = model.get_classifier() if hasattr(model, "get_classifier") else None
+        in_head = set(head.modules()) if isinstance(head, nn.Module) else set()
+
+        def matches(name: str, module: nn.Module) -> bool:
+            norm = getattr(module, "norm1", None)
+            last = isinstance(norm, nn.LayerNorm) and not isinstance(norm, LayerNorm2d) and module not in in_head
+            return last and hasattr(module, "attn") and (modules is None or re.fullmatch(modules, name) is not None)
+
         if any(isinstance(module, RecursiveBlock) for module in model.modules()):
             raise InputError(f"the blocks of this {type(model).__name__} are recursive already: name recursive once")
 
