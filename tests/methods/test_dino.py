@@ -1,4 +1,5 @@
 import copy
+import inspect
 import math
 
 import numpy as np
@@ -83,6 +84,28 @@ def test_the_head_begins_as_published():
         assert not layer.bias.any()
     assert float(head.prototypes.detach().abs().max()) == pytest.approx(16**-0.5, rel=0.01)
     assert DINOHead(4).prototypes.shape == (65536, 256)
+    torch.manual_seed(0)
+    longer, x = DINOHead(64, 500, hidden_dim=64, bottleneck_dim=16, norm_last_layer=False), torch.randn(2, 64)
+    torch.testing.assert_close(longer(x), head(x))
+
+
+def test_the_defaults_are_the_published_ones():
+    published = {
+        "local_crops": 8,
+        "out_dim": 65536,
+        "hidden_dim": 2048,
+        "bottleneck_dim": 256,
+        "norm_last_layer": True,
+        "student_temp": 0.1,
+        "teacher_temp": 0.04,
+        "warmup_teacher_temp": 0.04,
+        "warmup": 0.0,
+        "momentum": 0.996,
+        "center_momentum": 0.9,
+        "freeze_last_layer": 0.01,
+    }
+    defaults = {name: option.default for name, option in inspect.signature(DINO).parameters.items()}
+    assert {name: defaults[name] for name in published} == published
 
 
 def test_a_frozen_last_layer_gets_a_gradient_of_zero():
@@ -136,6 +159,14 @@ def test_labels_teach_the_probe_alone():
     assert differ == own
     blind = DINO(net(num_classes=0), **SMALL)
     assert set(blind(crops(blind))) == {"loss"}
+
+
+def test_several_labels_of_an_image_teach_the_probe_each():
+    method = DINO(net(), **SMALL, multilabel=True).eval()
+    batch = {**crops(method), "target": torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1]])}
+    large = torch.cat([batch["global_1"], batch["global_2"]])
+    wanted = F.binary_cross_entropy_with_logits(method.model(large), batch["target"].repeat(2, 1))
+    torch.testing.assert_close(method.loss(batch)["probe"], wanted.detach())
 
 
 def test_the_centre_follows_the_teachers_mean_over_all_parts_of_a_step():

@@ -65,6 +65,21 @@ def test_the_nano_takes_images_of_any_size(size):
     assert model.patch_embed.patch_size == 4
 
 
+def test_the_nano_is_built_as_the_published_tiny():
+    torch.manual_seed(0)
+    model, tiny = create_model("xcit_nano", num_classes=3), create_model("xcit_tiny_12_p8_224", num_classes=3, depth=1)
+    assert [block.tokens_norm for block in (*model.cls_attn_blocks, *tiny.cls_attn_blocks)] == [True] * 3
+    assert (model.blocks[2].gamma1 == 1).all()
+    assert model.blocks[0].norm1.eps == tiny.blocks[0].norm1.eps == 1e-6
+    assert (model.blocks[0].attn.num_heads, tiny.blocks[0].attn.num_heads) == (4, 4)
+    assert model.blocks[0].mlp.fc1.out_features == 192
+    assert float(model.blocks[0].attn.qkv.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    assert [
+        isinstance(module, torch.nn.BatchNorm2d)
+        for module in (model.patch_embed.proj[0][1], model.blocks[0].local_mp.bn)
+    ]
+
+
 def test_patches_of_four_pixels_see_their_neighbours():
     torch.manual_seed(0)
     embed = create_model("xcit_nano", num_classes=3, act_layer=torch.nn.SiLU).patch_embed.eval()
@@ -114,6 +129,11 @@ def test_the_authors_checkpoints_are_mapped(training):
     ("options", "message"),
     [
         ({"patch_size": 7}, "patch_size = 7 is not allowed: give 4, 8 or 16"),
+        ({"embed_dim": 6, "num_heads": 2}, "embed_dim = 6 is not allowed: give 8 or more"),
+        ({"depth": 0}, "depth = 0 is not allowed: give 1 or more"),
+        ({"cls_attn_layers": 0}, "cls_attn_layers = 0 is not allowed: give 1 or more"),
+        ({"mlp_ratio": 0.0}, r"mlp_ratio = 0\.0 .*hidden width"),
+        ({"img_size": 0}, "img_size = 0 is not allowed: give 1 or more"),
         ({"num_heads": 3}, "num_heads = 3 does not divide embed_dim = 16"),
         ({"global_pool": ""}, "global_pool = '' is not allowed"),
         ({"global_pool": "max"}, "global_pool = 'max' is not allowed"),

@@ -37,11 +37,14 @@ class XCiT(Xcit):
         num_classes: outputs of the classifier; 0 leaves it off.
         global_pool: ``"token"``, ``"avg"``, or ``""`` without classifier.
         embed_dim: width.
+        depth: blocks of cross-covariance attention.
         num_heads: groups of channels that attend to each other; they divide the width.
+        mlp_ratio: hidden width of the feed-forward layers over the width.
+        cls_attn_layers: blocks behind them, in which the class token attends to the patches.
         **kwargs: as for ``timm.models.xcit.Xcit``.
 
     Raises:
-        InputError: patches or a pooling that are not allowed, or heads that do not divide the width.
+        InputError: patches, a pooling or a number that are not allowed, or heads that do not divide the width.
     """
 
     def __init__(
@@ -52,15 +55,31 @@ class XCiT(Xcit):
         num_classes: int = 1000,
         global_pool: str = "token",
         embed_dim: int = 768,
+        depth: int = 12,
         num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        cls_attn_layers: int = 2,
         **kwargs: Any,
     ) -> None:
         if patch_size not in PATCHES:
             raise InputError(f"xcit: patch_size = {patch_size} is not allowed: give 4, 8 or 16")
+        # The first convolution that makes patches has half the width, or a quarter or an eighth of it.
+        least = {
+            "embed_dim": (embed_dim, patch_size // 2),
+            "depth": (depth, 1),
+            "cls_attn_layers": (cls_attn_layers, 1),
+        }
+        for name, (value, allowed) in least.items():
+            if value < allowed:
+                raise InputError(f"xcit: {name} = {value} is not allowed: give {allowed} or more")
+        if int(embed_dim * mlp_ratio) < 1:
+            raise InputError(f"xcit: mlp_ratio = {mlp_ratio} is not allowed: give what leaves a hidden width")
         if num_heads < 1 or embed_dim % num_heads:
             raise InputError(f"xcit: num_heads = {num_heads} does not divide embed_dim = {embed_dim}: give a divisor")
         _pool(global_pool, num_classes)
         size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if min(size) < 1:
+            raise InputError(f"xcit: img_size = {img_size} is not allowed: give 1 or more")
         super().__init__(
             img_size=tuple(-(-side // 16) * 16 for side in size),  # type: ignore[arg-type]
             patch_size=max(patch_size, 8),
@@ -68,7 +87,10 @@ class XCiT(Xcit):
             num_classes=num_classes,
             global_pool=global_pool,
             embed_dim=embed_dim,
+            depth=depth,
             num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            cls_attn_layers=cls_attn_layers,
             **kwargs,
         )
         if patch_size == 4:

@@ -126,6 +126,9 @@ class DINO(Method):
 
     Raises:
         InputError: a number out of its range, or a model with another kind of classifier.
+
+    Example:
+        vitrail fit --set model.name=xcit_nano --set method.name=xcit:DINO --set method.options.out_dim=4096
     """
 
     views: ClassVar[Mapping[str, str]] = _views(8)
