@@ -65,8 +65,9 @@ def preprocess_of(model: nn.Module, recipe: Recipe) -> Preprocess:
 def build_method(recipe: Recipe, model: nn.Module, index: Index) -> Method:
     """Create the recipe's method around ``model``.
 
-    Facts of the data (``num_classes``, ``multilabel``, ``class_weights``) go to a method that has arguments of these
-    names and was not given them. A ``teacher`` that is given as a run folder becomes the run's trained network.
+    Facts of the data (``num_classes``, ``class_names``, ``multilabel``, ``class_weights``) go to a method that has
+    arguments of these names and was not given them. A ``teacher`` that is given as a run folder becomes the run's
+    trained network; of several, in a list, each may know some of the classes.
 
     Raises:
         InputError: an option that the method does not take.
@@ -76,6 +77,7 @@ def build_method(recipe: Recipe, model: nn.Module, index: Index) -> Method:
     weights = class_weights(index.counts("train")) if recipe.train.balance == "weights" else None
     facts = {
         "num_classes": len(index.classes),
+        "class_names": index.classes,
         "multilabel": index.multilabel,
         "class_weights": None if weights is None else torch.from_numpy(weights),
     }
@@ -87,6 +89,8 @@ def build_method(recipe: Recipe, model: nn.Module, index: Index) -> Method:
     options = dict(recipe.method.options)
     if isinstance(options.get("teacher"), str):
         options["teacher"] = _teacher(options["teacher"], index)
+    elif isinstance(options.get("teacher"), list):
+        options["teacher"] = [load(run) for run in options["teacher"]]
     return kind(model, **{**{name: fact for name, fact in facts.items() if name in takes}, **options})
 
 
