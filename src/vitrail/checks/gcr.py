@@ -28,7 +28,7 @@ from vitrail.edits.surgery import Edit
 DIMENSIONS = (1, 2, 4, 8)
 GAMMA = 25.0
 COSINE = "vitrail.edits.unit_sphere_classes:unit_sphere_classes"
-PASSES = 9_000
+PASSES = 5_000
 """Of images, for each arm: some ten seconds for each of 21 nets on one core."""
 MOST = 2_000
 """Images on which the features are judged, of each kind."""

@@ -27,7 +27,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "softmax": PLAIN,
 }
 OURS = "normalised softmax"
-PASSES = {"fashion": 9_000, "digits": 9_000}
+PASSES = {"fashion": 7_000, "digits": 9_000}
 """Of images, for each arm."""
 SHOTS = (1, 5, 20)
 SHOWN = 5

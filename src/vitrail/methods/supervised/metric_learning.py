@@ -71,7 +71,8 @@ def triplet_loss(embedding: Tensor, target: Tensor, *, margin: float = 0.2) -> T
     others, count = squares.masked_fill(same, torch.inf).sort(1)[0], (~same).sum(1, keepdim=True)
     place = torch.searchsorted(others.detach(), squares.detach().contiguous(), right=True)
     negative = others.gather(1, torch.minimum(place, count - 1).clamp_min(0))
-    pairs = same & (count > 0) & ~torch.eye(len(target), dtype=torch.bool, device=target.device)
+    pairs = same & ~torch.eye(len(target), dtype=torch.bool, device=target.device)
+    # An image without a negative has one at an infinite distance, and no loss.
     return _mean((squares - negative + margin).clamp_min(0), pairs)
 
 
