@@ -23,6 +23,17 @@ def moved(module: nn.Module) -> nn.Module:
     return module
 
 
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what a linear layer gives, written out."""
+    return x @ layer.weight.T + layer.bias
+
+
+def layer_norm(layer: nn.Module, x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Return what a layer norm over the last axis gives, written out."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * layer.weight + layer.bias
+
+
 def same(ours: Tensor, theirs: Tensor, given: Sequence[Tensor], tolerance: float = 1e-9) -> None:
     """Compare values, and the gradients of an uneven sum of them in all that is given.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from exact import moved, normal
+from exact import layer_norm, linear, moved, normal
 from vitrail.app.build import count_parameters
 from vitrail.checks.widenet import BODY, DEPTH, HIDDEN
 from vitrail.errors import InputError
@@ -22,15 +22,6 @@ def tiny(**options):
 
 
 # ---- slow loops, from the paper and the published code
-
-
-def layer_norm(layer, x):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight + layer.bias
-
-
-def linear(layer, x):
-    return x @ layer.weight.T + layer.bias
 
 
 def slow_attention(layer, x):

@@ -19,9 +19,11 @@ from timm.models.crossvit import CrossVit
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
+from vitrail.layers.pooling import checked_pool
 from vitrail.layers.positions import resampled
 
 FORMATS = ("NCHW", "NLC")
+POOLS = ("token", "avg")
 
 
 class CrossViT(CrossVit):
@@ -71,7 +73,7 @@ class CrossViT(CrossVit):
             depth=depth,
             num_heads=tuple(num_heads),
             mlp_ratio=tuple(mlp_ratio),
-            global_pool=_pool(global_pool),
+            global_pool=checked_pool(global_pool, 0, POOLS),
             **kwargs,
         )
         self.grad_checkpointing = False
@@ -97,7 +99,9 @@ class CrossViT(CrossVit):
         Raises:
             InputError: a pooling that does not exist.
         """
-        super().reset_classifier(num_classes, None if global_pool is None else _pool(global_pool))
+        if global_pool is not None:
+            checked_pool(global_pool, 0, POOLS)
+        super().reset_classifier(num_classes, global_pool)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Return the tokens of both branches, the class token first: (B, 1 + N, C) each."""
@@ -219,12 +223,6 @@ def _refuse_shape(patch_size: Any, embed_dim: Any, depth: Any, num_heads: Any, m
         raise InputError(
             f"crossvit: mlp_ratio = {mlp_ratio} is not allowed: give one for each branch that leaves a hidden width"
         )
-
-
-def _pool(kind: str) -> str:
-    if kind not in ("token", "avg"):
-        raise InputError(f"crossvit: global_pool = {kind!r} is not allowed: give token or avg")
-    return kind
 
 
 def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

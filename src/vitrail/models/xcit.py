@@ -17,6 +17,7 @@ from timm.models.xcit import checkpoint_filter_fn as timms_filter
 from torch import Tensor, nn
 
 from vitrail.errors import InputError
+from vitrail.layers.pooling import checked_pool
 from vitrail.models.staged import nano_cfg
 
 PATCHES = (4, 8, 16)
@@ -76,7 +77,7 @@ class XCiT(Xcit):
             raise InputError(f"xcit: mlp_ratio = {mlp_ratio} is not allowed: give what leaves a hidden width")
         if num_heads < 1 or embed_dim % num_heads:
             raise InputError(f"xcit: num_heads = {num_heads} does not divide embed_dim = {embed_dim}: give a divisor")
-        _pool(global_pool, num_classes)
+        checked_pool(global_pool, num_classes, POOLS)
         size = (img_size, img_size) if isinstance(img_size, int) else img_size
         if min(size) < 1:
             raise InputError(f"xcit: img_size = {img_size} is not allowed: give 1 or more")
@@ -111,7 +112,7 @@ class XCiT(Xcit):
         Raises:
             InputError: a pooling that does not exist, or none for a classifier.
         """
-        _pool(self.global_pool if global_pool is None else global_pool, num_classes)
+        checked_pool(self.global_pool if global_pool is None else global_pool, num_classes, POOLS)
         super().reset_classifier(num_classes, global_pool)
 
     def forward_intermediates(
@@ -131,11 +132,6 @@ class XCiT(Xcit):
         if output_fmt not in FORMATS:
             raise InputError(f"xcit: output_fmt = {output_fmt!r} is not allowed: give one of {', '.join(FORMATS)}")
         return super().forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
-
-
-def _pool(kind: str, num_classes: int) -> None:
-    if kind not in POOLS or (num_classes and not kind):
-        raise InputError(f"xcit: global_pool = {kind!r} is not allowed: give token or avg, or '' with num_classes = 0")
 
 
 def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
