@@ -225,7 +225,7 @@ def test_positions_and_widths_are_not_decayed_and_learn_five_times_as_fast():
     for group in param_groups(Supervised(model), OptimConfig(lr=0.1, weight_decay=0.3)):
         found |= {id(parameter): (group["weight_decay"], group.get("lr_scale", 1.0)) for parameter in group["params"]}
     layers = [module for module in model.modules() if isinstance(module, Dcls)]
-    assert len({id(layer.P) for layer in layers}) == 4
+    assert len({id(layer.P) for layer in layers}) == len({id(layer.SIG) for layer in layers}) == 4
     for layer in layers:
         assert found[id(layer.P)] == found[id(layer.SIG)] == (0.0, 5.0)
         assert found[id(layer.weight)] == (0.3, 1.0)
