@@ -30,11 +30,11 @@ def test_the_nearest_is_by_angle():
 
 
 def test_the_scenarios():
-    vectors = torch.eye(4)[:2]
-    examples = (torch.eye(4)[2:], torch.tensor([0, 1]))
+    vectors = torch.eye(5)[:3]
+    examples = (torch.eye(5)[3:], torch.tensor([0, 1]))
     # Two of the first new class, one of which looks like a trained class, and one of the second.
-    queries = (torch.tensor([[0.0, 0, 1, 0], [2, 0, 1, 0], [0, 0, 0, 1]]), torch.tensor([0, 0, 1]))
-    trained = (torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 3]]), torch.tensor([0, 1]))
+    queries = (torch.tensor([[0.0, 0, 0, 1, 0], [2, 0, 0, 1, 0], [0, 0, 0, 0, 1]]), torch.tensor([0, 0, 1]))
+    trained = (torch.tensor([[1.0, 0, 0, 0, 0], [0, 1, 0, 0, 3]]), torch.tensor([0, 1]))
     found = novel_accuracy(examples, queries, vectors, trained)
     assert found.disjoint == 1
     assert found.joint_novel == pytest.approx(2 / 3)
