@@ -55,8 +55,10 @@ def test_it_keeps_weights_and_options():
 
 
 def test_a_pattern_chooses_layers():
-    model = binary_convolution(modules=r"conv1|layer1\..*")(create_model("small_resnet_nano", num_classes=3))
-    assert list(binary_layers(model)) == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
+    model = binary_convolution(modules=r"conv1|layer2\..*1|layer1\.0\.conv")(
+        create_model("small_resnet_nano", num_classes=3)
+    )
+    assert list(binary_layers(model)) == ["conv1", "layer2.0.conv1"]
 
 
 @pytest.mark.parametrize(
