@@ -208,6 +208,13 @@ def test_a_net_that_cannot_be_followed_says_why():
     assert not model.layer3._forward_hooks
 
 
+def test_a_net_that_trains_on_several_images_alone_is_followed():
+    """A normalisation of pooled maps refuses a single image in training, and is in that mode before and after."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8))
+    assert isinstance(ulsam(modules="0")(model)[0][1], Ulsam)
+    assert model[2].training
+
+
 def test_tokens_are_refused_when_met():
     with pytest.raises(InputError, match=r"met \(2, 5, 8\)"):
         Ulsam(8)(torch.zeros(2, 5, 8))
