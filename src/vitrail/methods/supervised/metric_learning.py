@@ -27,6 +27,7 @@ def squared_distances(embedding: Tensor) -> Tensor:
     wide = torch.promote_types(embedding.dtype, torch.float32)
     with torch.autocast(embedding.device.type, enabled=False):
         unit = F.normalize(embedding.to(wide), dim=1)
+        # Through a distance of zero flows no gradient, so that its root may be taken.
         return (2 - 2 * unit @ unit.T).clamp_min(0)
 
 
@@ -46,8 +47,7 @@ def contrastive_loss(embedding: Tensor, target: Tensor, *, margin: float = 1.0) 
     squares = squared_distances(embedding)
     first, second = torch.triu_indices(len(target), len(target), 1, device=target.device)
     squares, same = squares[first, second], target[first] == target[second]
-    # The root of zero has no slope.
-    apart = (margin - squares.clamp_min(1e-12).sqrt()).clamp_min(0).square()
+    apart = (margin - squares.sqrt()).clamp_min(0).square()
     return _mean(squares / 2, same) + _mean(apart / 2, ~same)
 
 
