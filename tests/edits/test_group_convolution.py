@@ -59,7 +59,7 @@ def test_multiply_adds_follow_the_size():
 
 def test_new_weights_are_drawn_by_how_many_outputs_an_input_has():
     torch.manual_seed(0)
-    conv = nn.Conv2d(64, 128, 3, 2, 2, 2, groups=64)
+    conv = nn.Conv2d(64, 128, 3, 2, 1, 2, groups=64)
     net = group_convolution(size=16)(nn.Sequential(conv).double().eval())
     (new,) = net
     assert new.groups == 4
