@@ -76,9 +76,11 @@ def key(check: Any, subject: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-@cache
-def _kept() -> dict[str, str]:
+def _read() -> dict[str, str]:
     return json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
+
+
+_kept = cache(_read)
 
 
 def is_kept(check: Any, subject: Any) -> bool:
@@ -101,16 +103,14 @@ def _subjects() -> Iterator[tuple[Any, Any]]:
 
 
 def main() -> None:
-    wanted = set(sys.argv[1:])
-    kept, live = dict(_kept()), set()
+    wanted, live = set(sys.argv[1:]), set()
     for check, subject in _subjects():
         live.add(subject.name)
         if subject.name in wanted or "--all" in wanted or (not wanted and not is_kept(check, subject)):
             check(subject)
-            kept[subject.name] = key(check, subject)
+            _keep({**_read(), subject.name: key(check, subject)})
             print(subject.name, flush=True)
-            _keep(kept)
-    _keep({name: value for name, value in kept.items() if name in live})
+    _keep({name: value for name, value in _read().items() if name in live})
 
 
 def _keep(kept: dict[str, str]) -> None:

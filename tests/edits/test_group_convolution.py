@@ -50,6 +50,15 @@ def test_a_number_of_groups_divides_the_channels():
     assert net[0].groups == 3
 
 
+def test_where_no_size_so_small_fits_it_is_the_least_that_does():
+    model = nn.Sequential(nn.Conv2d(12, 4, 1, groups=2))  # groups of 1 or 2 channels would leave some without outputs
+    group_convolution(size=2)(model)
+    assert model[0].groups == 4
+    model = nn.Sequential(nn.Conv2d(6, 4, 1, groups=2), nn.Conv2d(4, 4, 3, groups=2))
+    group_convolution(size=1)(model)
+    assert [conv.groups for conv in model] == [2, 4]
+
+
 def test_multiply_adds_follow_the_size():
     images = torch.zeros(1, 3, 32, 32, device="meta")
     plain = on_meta("mobilenetv1_100")

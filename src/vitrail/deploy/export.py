@@ -30,12 +30,12 @@ from onnxscript.rewriter.rules.common import (
     normalize_pad_format_conv_rule,
 )
 from PIL import Image
-from timm.utils.model import reparameterize_model
 from torch import nn
 
 from vitrail.data.preprocess import Preprocess
 from vitrail.deploy import graph
 from vitrail.deploy.interface import IMAGE, INPUT, LOGITS, PIXELS, PROBABILITIES, Interface
+from vitrail.deploy.reparameterise import reparameterise
 from vitrail.errors import InputError, VitrailError
 from vitrail.layers.scan import scans_as_operators
 from vitrail.runs import atomic_path
@@ -114,7 +114,7 @@ def export_onnx(
     # Exported on the CPU in fp32, whatever the model was trained in, and without touching the caller's.
     network = copy.deepcopy(model).to("cpu", torch.float32).eval()
     # What folds itself for inference does: the file has the plain layers.
-    network = reparameterize_model(network, inplace=True).requires_grad_(False)
+    network = reparameterise(network).requires_grad_(False)
     weights = sum(value.numel() * value.element_size() for value in network.state_dict().values())
     if weights > LARGEST_BYTES:
         raise VitrailError(

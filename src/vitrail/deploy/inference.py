@@ -37,12 +37,12 @@ from timm.layers.pos_embed_rel import RelPosBias, RelPosBiasTf, RelPosMlp
 from timm.models.gcvit import WindowAttentionGlobal
 from timm.models.tiny_vit import Attention as TinyVitAttention
 from timm.models.vision_transformer import LayerScale as VitLayerScale
-from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from vitrail.deploy.export import quiet
+from vitrail.deploy.reparameterise import foldable, reparameterise
 from vitrail.errors import InputError
 from vitrail.layers.packed import activation_code, can_pack, pack
 from vitrail.layers.processor import preferred_precision
@@ -478,11 +478,10 @@ def _follow(model: nn.Module, images: Tensor) -> tuple[list[_Link], dict[str, li
 
 
 def _reparameterisations(model: nn.Module) -> list[Change]:
-    names = ("fuse", "reparameterize", "switch_to_deploy")
-    found = sum(any(callable(getattr(m, name, None)) for name in names) for m in model.modules() if m is not model)
+    found = sum(foldable(module) is not None for module in model.modules() if module is not model)
 
     def change(net: nn.Module) -> int:
-        reparameterize_model(net, inplace=True).requires_grad_(False)
+        reparameterise(net).requires_grad_(False)
         return found
 
     return [change] if found else []

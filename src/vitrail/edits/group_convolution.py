@@ -150,11 +150,12 @@ def group_convolution(
         def number(conv: Any) -> int:
             if groups is not None:
                 return _divisor(conv, groups)
-            return conv.in_channels // max(
+            sizes = [
                 each
-                for each in range(1, min(wanted or 1, conv.in_channels) + 1)
+                for each in range(1, conv.in_channels + 1)
                 if conv.in_channels % each == 0 and conv.out_channels % (conv.in_channels // each) == 0
-            )
+            ]
+            return conv.in_channels // max((each for each in sizes if each <= (wanted or 1)), default=sizes[0])
 
         def matches(name: str, module: nn.Module) -> bool:
             return chosen(name, module) and number(module) != getattr(module, "groups", None)

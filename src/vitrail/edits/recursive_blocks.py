@@ -109,7 +109,8 @@ def recursive(
         )
 
     def edit(model: nn.Module) -> nn.Module:
-        head = model.get_classifier() if hasattr(model, "get_classifier") else None
+        surface: Any = model
+        head = surface.get_classifier() if hasattr(model, "get_classifier") else None
         in_head = set(head.modules()) if isinstance(head, nn.Module) else set()
 
         def matches(name: str, module: nn.Module) -> bool:

@@ -60,7 +60,7 @@ class Polynomials(nn.Module):
 class Gram(nn.Module):
     """The SiLU of Gram polynomials with learnt factors, but for that of degree 0, which is ``constant``."""
 
-    constant = float(F.silu(torch.ones(())))
+    constant = 1 / (1 + math.exp(-1))
 
     def __init__(self, degree: int, std: float) -> None:
         super().__init__()
