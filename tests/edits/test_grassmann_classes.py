@@ -229,7 +229,8 @@ def test_a_new_head_is_orthonormal_and_favours_no_direction():
     assert drift(head.weight) < 1e-5
     mean = (head.weight.mT @ head.weight).mean(0)
     torch.testing.assert_close(mean, torch.eye(16) * 4 / 16, rtol=0, atol=0.06)
-    assert float(mean.detach().mean() * 16) == pytest.approx(4 / 16, abs=0.05)  # along the diagonal, as along any direction
+    # Along the diagonal, as along any direction.
+    assert float(mean.detach().mean() * 16) == pytest.approx(4 / 16, abs=0.05)
     assert not torch.equal(head.weight, GrassmannHead(16, 400, k=4).weight)
     assert head.gamma == 25
 
