@@ -103,14 +103,20 @@ def _subjects() -> Iterator[tuple[Any, Any]]:
 
 
 def main() -> None:
-    wanted, live = set(sys.argv[1:]), set()
+    """Run what is asked for, keep what passes, and end with what does not."""
+    wanted, live, failed = set(sys.argv[1:]), set(), []
     for check, subject in _subjects():
         live.add(subject.name)
         if subject.name in wanted or "--all" in wanted or (not wanted and not is_kept(check, subject)):
-            check(subject)
+            try:
+                check(subject)
+            except Exception as error:  # noqa: BLE001 - a part may break in any way; the others go on
+                failed.append(f"{subject.name}: {error}")
+                continue
             _keep({**_read(), subject.name: key(check, subject)})
             print(subject.name, flush=True)
     _keep({name: value for name, value in _read().items() if name in live})
+    sys.exit("\n".join(failed) or None)
 
 
 def _keep(kept: dict[str, str]) -> None:

@@ -181,7 +181,7 @@ class GramianHeads(nn.Module):
                 f"gramian_heads: groups = {groups} or mlp_groups = {mlp_groups} does not divide {pairs} pairs of "
                 f"channels or a width of {dim}: give divisors, or leave them out"
             )
-        self.dim, self.prefix = dim, prefix
+        self.in_features, self.prefix = dim, prefix
         self.apart = False
         self.heads = nn.ModuleList(
             GramianHead(
@@ -205,7 +205,7 @@ class GramianHeads(nn.Module):
         """
         if x.ndim == 3:
             x = x[:, self.prefix :].transpose(1, 2)[..., None]
-        elif x.shape[1] != self.dim:
+        elif x.shape[1] != self.in_features:
             x = x.movedim(-1, 1)
         logits = torch.stack([head(x) for head in self.heads], 1)
         return logits if self.apart else logits.mean(1)
