@@ -15,6 +15,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 import venv
 from pathlib import Path
 
@@ -69,8 +70,10 @@ def main() -> None:
         run(BIN / "vitrail", "fit", *rest)
     elif task == "test":
         install("test")
-        for part in [rest] if rest else test_parts():
-            run(BIN / "python", "-m", "pytest", "-n", "2", "--dist", "worksteal", *part)
+        with tempfile.TemporaryDirectory() as shared:
+            os.environ["VITRAIL_TESTS_SHARED"] = shared  # what several parts need is made there once
+            for part in [rest] if rest else test_parts():
+                run(BIN / "python", "-m", "pytest", "-n", "2", "--dist", "worksteal", *part)
     elif task == "lint":
         install("test", "lint")
         run(BIN / "ruff", "check", "--no-cache", ".")

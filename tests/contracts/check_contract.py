@@ -6,19 +6,14 @@ import ast
 import importlib
 import inspect
 import json
-import tempfile
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from pathlib import Path
 from types import ModuleType
 
-import torch
 from contract import slow
 
+from once import quick_run
 from vitrail.catalog import cards
-from vitrail.checks.check import Context, Verdict
-
-SEEDS = (0,)
+from vitrail.checks.check import Verdict
 
 
 @dataclass(frozen=True)
@@ -34,16 +29,7 @@ class Check:
         return importlib.import_module(self.module)
 
     def verdict(self) -> Verdict:
-        return _verdict(self.module)
-
-
-@cache
-def _verdict(module: str) -> Verdict:
-    """Run a check in quick mode, once."""
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        verdict: Verdict = importlib.import_module(module).run(Context(True, SEEDS, Path(folder)))
-    return verdict
+        return quick_run(self.load())[0]
 
 
 def it_takes_a_context_alone(subject: Check) -> None:

@@ -85,7 +85,7 @@ _kept = cache(_read)
 
 def is_kept(check: Any, subject: Any) -> bool:
     """Whether the subject passed the check as everything is."""
-    return _kept().get(subject.name) == key(check, subject)
+    return subject.name in _kept() and _kept()[subject.name] == key(check, subject)
 
 
 def _subjects() -> Iterator[tuple[Any, Any]]:

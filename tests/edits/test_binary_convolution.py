@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import vitrail
+from once import quick_run
 from vitrail.app.artefact import Artefact, save
 from vitrail.app.build import build_model, model_options
 from vitrail.checks import xnor as check
-from vitrail.checks.check import Context
 from vitrail.data.preprocess import Preprocess
 from vitrail.edits.binary_convolution import binary_convolution
 from vitrail.errors import InputError
@@ -103,8 +103,8 @@ def test_an_edited_net_learns_in_bf16_and_float():
         assert losses[-1] < 0.8 * losses[0]
 
 
-def test_the_check_runs(tmp_path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, _ = quick_run(check)
     assert verdict.outcome == "not seen"  # one seed judges nothing
     assert set(verdict.findings[0].arms) == {"bwn", "narrow"}
     assert [finding.outcome for finding in verdict.findings[4:6]] == ["confirmed", "confirmed"]

@@ -15,9 +15,9 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from exact import normal, same
+from once import quick_run
 from vitrail.app.build import count_flops, count_parameters
 from vitrail.checks import dcls as check
-from vitrail.checks.check import Context
 from vitrail.data.preprocess import Preprocess
 from vitrail.deploy.export import check_parity, export_onnx
 from vitrail.edits.dcls import (
@@ -455,9 +455,9 @@ def test_the_task_of_the_check_is_in_pairs_alone():
         assert torch.equal(image[1], image[0].roll((rows, columns), (0, 1)))
 
 
-def test_the_check_runs(tmp_path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, folder = quick_run(check)
     assert len(verdict.findings) == 5
     assert verdict.findings[3].outcome == "confirmed"
     assert {row["arm"] for row in verdict.tables["cost of the arms"]} == set(check.ARMS)
-    assert (tmp_path / "positions.svg").read_text(encoding="utf-8").startswith("<svg")
+    assert (folder / "positions.svg").read_text(encoding="utf-8").startswith("<svg")

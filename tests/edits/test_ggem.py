@@ -6,8 +6,8 @@ import timm
 import torch
 from torch import nn
 
+from once import quick_run
 from vitrail.checks import ggem as check
-from vitrail.checks.check import Context
 from vitrail.edits.ggem import EPS, LEAST_P, GGeM, ggem
 from vitrail.errors import InputError
 from vitrail.models import create_model
@@ -255,8 +255,8 @@ def test_average_precision_is_that_of_the_ranking():
     assert check.mean_average_precision(points, hot) == pytest.approx(sum(each) / 3)
 
 
-def test_the_check_runs(tmp_path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, _ = quick_run(check)
     assert verdict.outcome == "not seen"  # one seed judges nothing
     assert set(verdict.findings[0].arms) == {"ggem", "class token"}
     assert len(verdict.findings) == 16

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from exact import normal, same
+from once import quick_run
 from vitrail.checks import gcr as check
-from vitrail.checks.check import Context
 from vitrail.edits.grassmann_classes import (
     GrassmannHead,
     GrassmannSGD,
@@ -382,8 +382,8 @@ def test_the_measures_of_the_check():
     assert check.linear_transfer(train, (train[0], 1 - train[1])) == 0.0
 
 
-def test_the_check_runs(tmp_path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, _ = quick_run(check)
     assert verdict.outcome == "not seen"  # one seed judges nothing
     assert len(verdict.findings) == 7
     rows = {row["arm"]: row for row in verdict.tables["arms"]}

@@ -7,8 +7,8 @@ import timm
 import torch
 from torch import nn
 
+from once import quick_run
 from vitrail.checks import e2gc as check
-from vitrail.checks.check import Context
 from vitrail.edits.group_convolution import group_convolution, layer_costs, model_optimum, optimum_size
 from vitrail.errors import InputError
 from vitrail.evaluate.energy import work
@@ -157,8 +157,8 @@ def test_the_crossing_is_the_last_where_time_doubles():
     assert check.crossing((1, 2), (1.0, 1.5)) == 2
 
 
-def test_the_check_runs(tmp_path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, _ = quick_run(check)
     assert verdict.outcome == "not seen"  # one seed judges nothing
     assert len(verdict.findings) == 5
     rows = {(row["net"], row["arm"]): row for row in verdict.tables["nets"]}

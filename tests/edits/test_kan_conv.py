@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from once import quick_run
 from vitrail.checks import kan_conv as check
-from vitrail.checks.check import Context
 from vitrail.edits.kan_conv import kan_conv, kan_finetune
 from vitrail.errors import InputError
 from vitrail.layers.kan_layers import BottleneckKANConv, BottleneckKANExperts, KANConv, KANConvExperts, TunedKANConv
@@ -100,8 +100,8 @@ def test_what_does_not_fit_is_refused(make, words):
         make()
 
 
-def test_the_check_runs(tmp_path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, _ = quick_run(check)
     assert verdict.outcome == "not seen"  # one seed judges nothing
     assert {row["basis"] for row in verdict.tables["bases"]} >= {"plain", "gram", "rbf"}
     sizes = [row["parameters"] for row in verdict.tables["bases"]]

@@ -3,8 +3,8 @@ import copy
 import pytest
 from torch import nn
 
+from once import quick_run
 from vitrail.checks import skan as check
-from vitrail.checks.check import Context
 from vitrail.data.synthetic.function_fits import FUNCTIONS
 from vitrail.edits.skan import skan
 from vitrail.errors import InputError
@@ -36,8 +36,8 @@ def test_an_option_that_is_not_allowed_is_refused():
             skan(**options)
 
 
-def test_the_check_runs(tmp_path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, _ = quick_run(check)
     assert verdict.outcome == "not seen"  # one seed judges nothing
     assert {row["function"] for row in verdict.tables["chosen"]} == set(FUNCTIONS)
     for name in FUNCTIONS:

@@ -11,10 +11,10 @@ from timm.layers.coord_attn import CoordAttn
 from torch import nn
 
 import vitrail
+from once import quick_run
 from vitrail.app.artefact import Artefact, save
 from vitrail.app.build import build_model, count_parameters, model_options
 from vitrail.checks import triplet_attention as check
-from vitrail.checks.check import Context
 from vitrail.data.preprocess import Preprocess
 from vitrail.deploy.export import check_parity, export_onnx
 from vitrail.edits.triplet_attention import TripletAttention, checkpoint_filter_fn, triplet_attention
@@ -408,8 +408,8 @@ def test_weights_of_another_net_are_refused():
         checkpoint_filter_fn(deep.state_dict(), model)
 
 
-def test_the_check_runs(tmp_path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, folder = quick_run(check)
     assert verdict.outcome == "not seen"  # one seed judges nothing
     assert set(verdict.findings[0].arms) == {"triplet", "base"}
     parameters = next(finding for finding in verdict.findings if "parameters" in finding.claim)
@@ -418,5 +418,5 @@ def test_the_check_runs(tmp_path):
     rows = {row["model"]: row for row in verdict.tables["cost"]}
     assert rows["resnet50 with triplet attention"]["parameters"] - rows["resnet50"]["parameters"] == 16 * 300
     assert all(0 < row["share_on_bright_pixels"] < 1 for row in verdict.tables["maps"])
-    with Image.open(tmp_path / "cams-0.png") as sheet:
+    with Image.open(folder / "cams-0.png") as sheet:
         assert sheet.size == (5 * 16, 2 * 16)

@@ -6,9 +6,9 @@ from timm.models.efficientnet import _gen_mobilenet_v1
 from torch import nn
 
 from exact import moved, normal, same
+from once import quick_run
 from vitrail.app.build import count_flops, count_parameters
 from vitrail.checks import ulsam as check
-from vitrail.checks.check import Context
 from vitrail.edits.ulsam import Ulsam, checkpoint_filter_fn, numbered_blocks, ulsam
 from vitrail.errors import InputError
 from vitrail.models import create_model
@@ -220,8 +220,8 @@ def test_tokens_are_refused_when_met():
         Ulsam(8)(torch.zeros(2, 5, 8))
 
 
-def test_the_check_runs(tmp_path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, _ = quick_run(check)
     assert len(verdict.findings) == 5
     assert [finding.outcome for finding in verdict.findings[3:]] == ["confirmed", "confirmed"]
     assert {row["arm"] for row in verdict.tables["accuracy"]} == {"whole", "removed", "g = 1", "g = 4"}

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from exact import normal, same
+from once import quick_run
 from vitrail.checks import hyperspherical as check
-from vitrail.checks.check import Context
 from vitrail.edits.unit_sphere_classes import UnitSphereHead, unit_sphere_classes
 from vitrail.errors import InputError
 from vitrail.models import create_model
@@ -115,8 +115,8 @@ def test_examples_are_drawn_of_each_class():
     assert len(check.drawn(pool, 20, 1)[0]) == 12
 
 
-def test_the_check_runs(tmp_path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, _ = quick_run(check)
     assert verdict.outcome == "not seen"  # one seed judges nothing
     assert set(verdict.findings[0].arms) == {"normalised softmax", "triplet"}
     assert len(verdict.findings) == 6

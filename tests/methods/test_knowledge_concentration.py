@@ -3,10 +3,10 @@ import torch
 from torch import nn
 
 from exact import normal, same
+from once import quick_run
 from vitrail.app.artefact import Artefact, save
 from vitrail.app.build import build_method
 from vitrail.checks import knowledge_concentration
-from vitrail.checks.check import Context
 from vitrail.data.preprocess import Preprocess
 from vitrail.edits.structural_head import structural_head
 from vitrail.errors import InputError
@@ -200,8 +200,8 @@ def test_a_student_cannot_teach_itself_nor_sample_a_connected_head():
         KnowledgeConcentration(structural_head(s1=2, s2=2)(student), teachers(), groups=GROUPS, output="sampled")
 
 
-def test_the_check_runs(tmp_path):
-    verdict = knowledge_concentration.run(Context(True, (0,), tmp_path))
+def test_the_check_runs():
+    verdict, _ = quick_run(knowledge_concentration)
     assert "generalist" in verdict.findings[0].claim
     assert {row["output"] for row in verdict.tables["cost of an output"]} == {
         "full",

@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from once import quick_run
 from vitrail.checks import nkd_uskd as check
-from vitrail.checks.check import Context
 from vitrail.errors import InputError
 from vitrail.methods.distill.nkd_uskd import NKD, USKD, nkd_loss, target_squares, uskd_loss
 from vitrail.models import create_model
@@ -411,8 +411,8 @@ def test_the_rivals_are_their_definitions():
         check.Rival(*nets(), form="crd")
 
 
-def test_the_check_runs(tmp_path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, _ = quick_run(check)
     assert verdict.outcome == "not seen"  # one seed judges nothing
     assert [set(finding.arms) for finding in verdict.findings] == [
         {"nkd", "plain"},

@@ -1,6 +1,5 @@
 import copy
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +7,8 @@ import torch.nn.functional as F
 from timm.models.crossvit import CrossAttention, CrossVit, MultiScaleBlock
 
 from exact import moved, normal
+from once import quick_run
 from vitrail.checks import crossvit as check
-from vitrail.checks.check import Context
 from vitrail.errors import InputError
 from vitrail.layers.positions import resampled
 from vitrail.models import create_model
@@ -222,8 +221,8 @@ def test_branches_apart_do_not_meet():
     torch.testing.assert_close(model.forward_features(x), wanted)
 
 
-def test_the_check_runs(tmp_path: Path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, _ = quick_run(check)
     assert [set(finding.arms) for finding in verdict.findings] == [
         {"crossvit", "coarse branch"},
         {"crossvit", "apart"},

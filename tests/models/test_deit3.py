@@ -1,5 +1,4 @@
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +7,8 @@ from timm.layers import DropPath
 from timm.optim import Lamb
 
 from exact import moved, normal
+from once import quick_run
 from vitrail.checks import deit3 as check
-from vitrail.checks.check import Context
 from vitrail.errors import InputError
 from vitrail.models import create_model, load_pretrained
 from vitrail.models.deit3 import SIZES, DeiT3, checkpoint_filter_fn
@@ -280,8 +279,8 @@ def test_arms_of_the_check_are_those_of_the_shipped_recipe():
     assert settings["augment.three_augment"] and settings["augment.cutmix"] == 1.0
 
 
-def test_the_quick_check_runs(tmp_path: Path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_quick_check_runs():
+    verdict, _ = quick_run(check)
     assert [finding.outcome for finding in verdict.findings][-1] == "confirmed"
     (row,) = verdict.tables["compute of the resolutions"]
     together = row["passes_at_low"] * row["madds_of_low"] + row["passes_at_full"]

@@ -6,9 +6,9 @@ import torch
 from timm.optim import param_groups_weight_decay
 
 from exact import normal
+from once import quick_run
 from vitrail.app.build import count_parameters
 from vitrail.checks import mambaeye as check
-from vitrail.checks.check import Context
 from vitrail.errors import InputError
 from vitrail.models import create_model
 from vitrail.models.mambaeye import (
@@ -324,8 +324,8 @@ def test_what_does_not_fit_is_explained(use, message):
 # ---- the check
 
 
-def test_the_check_runs(tmp_path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, _ = quick_run(check)
     assert [finding.outcome for finding in verdict.findings] == ["not seen"] * 3 + ["confirmed"] * 2
     assert [row["pixels"] for row in verdict.tables["accuracy by size"]] == [8, 16, 24]
     assert [row["patches"] for row in verdict.tables["accuracy by patches seen"]] == [1, 2, 4, 8, 16]

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from exact import moved, normal
+from once import quick_run
 from vitrail.app.build import count_parameters
 from vitrail.checks import ms_mlp as check
-from vitrail.checks.check import Context
 from vitrail.edits.swin_mix_shift import swin_mix_shift
 from vitrail.errors import InputError
 from vitrail.layers.mix_shift import MIX_SIZES, SHIFTS
@@ -188,8 +188,8 @@ def test_the_authors_count_is_that_of_their_code():
     assert check.authors_count(tiny(), 8) == first + merging + 2 * block + 10 * 4 // 4 + 10 * 3
 
 
-def test_the_check_runs(tmp_path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, _ = quick_run(check)
     assert verdict.outcome == "not seen"  # one seed judges nothing
     assert set(verdict.findings[0].arms) == {"mix-shift", "shift", "mix"}
     assert set(verdict.findings[2].arms) == {"swin", "swin + mix-shift"}

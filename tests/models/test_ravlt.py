@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from exact import moved, normal
+from once import quick_run
 from vitrail.app.build import count_parameters
 from vitrail.checks import ravlt as check
-from vitrail.checks.check import Context
 from vitrail.errors import InputError
 from vitrail.models import create_model
 from vitrail.models.ravlt import (
@@ -370,8 +370,8 @@ def test_shares_are_of_layers_whose_places_do_not_limit_them():
     assert check.share(rows, "effective", "full") == pytest.approx(0.5)
 
 
-def test_the_check_runs(tmp_path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, _ = quick_run(check)
     assert verdict.outcome == "not seen"  # one seed judges nothing
     assert set(verdict.findings[0].arms) == set(check.ARMS)
     assert "softmax" not in verdict.findings[1].arms

@@ -7,9 +7,9 @@ from timm.layers import DropPath
 from torch import nn
 
 from exact import moved, normal
+from once import quick_run
 from vitrail.app.build import count_flops
 from vitrail.checks import resnet_rs as check
-from vitrail.checks.check import Context
 from vitrail.errors import InputError
 from vitrail.models import create_model
 from vitrail.models.resnet_rs import FAMILY, ResNetRS, channels_of, deepest, multiply_adds, scaled, stages_of, widest
@@ -239,8 +239,8 @@ def test_the_recipe_is_the_published_configuration():
     assert train.epochs * train.warmup == pytest.approx(5, rel=0.01)
 
 
-def test_the_quick_check_runs(tmp_path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_quick_check_runs():
+    verdict, _ = quick_run(check)
     assert [finding.outcome for finding in verdict.findings][-2:] == ["confirmed", "confirmed"]
     costs = {row["arm"]: row["madds"] for row in verdict.tables["cost of the arms"]}
     assert costs["short, wide"] == pytest.approx(costs["short, deep"], rel=0.05)

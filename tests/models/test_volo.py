@@ -1,5 +1,4 @@
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +7,8 @@ import torch.nn.functional as F
 from timm.models.volo import VOLO, OutlookAttention
 
 from exact import moved, normal
+from once import quick_run
 from vitrail.checks import volo as check
-from vitrail.checks.check import Context
 from vitrail.errors import InputError
 from vitrail.layers.positions import resampled
 from vitrail.methods.supervised.token_labelling import TokenLabelling, place_scores, token_labels
@@ -163,8 +162,8 @@ def test_the_convolution_of_the_check_has_outlooks_window():
     torch.testing.assert_close(found[0](x), wanted)
 
 
-def test_the_check_runs(tmp_path: Path):
-    verdict = check.run(Context(quick=True, seeds=(0,), folder=tmp_path))
+def test_the_check_runs():
+    verdict, _ = quick_run(check)
     assert [set(finding.arms) for finding in verdict.findings] == [
         {"outlook", "convolution"},
         {"token labels", "outlook"},

@@ -111,7 +111,7 @@ def group_convolution(
     """Return the edit that gives all grouped convolutions groups of one size, and new weights.
 
     Depthwise layers, as of MobileNets, and grouped ones, as of ResNeXt, are grouped convolutions. In a layer whose
-    channels cannot be divided so, the size is the next smaller one that divides them.
+    channels cannot be divided so, the size is the next smaller one that divides them, or the least that does.
 
     Args:
         size: channels of a group, G; 1 is depthwise. None takes ``model_optimum``.

@@ -38,9 +38,10 @@ def param_groups(method: Method, config: OptimConfig) -> list[Group]:
     taken: set[int] = set()
 
     def claim(claimed: Iterable[Group]) -> None:
+        before = frozenset(taken)  # who claims a parameter twice in one go hears of it from torch
         for group in claimed:
             parameters = _as_list(group["params"])
-            rest = [each for each in parameters if id(each) not in taken and each.requires_grad]
+            rest = [each for each in parameters if id(each) not in before and each.requires_grad]
             taken.update(map(id, rest))
             if rest:
                 groups.append({**group, "params": rest})
@@ -55,7 +56,8 @@ def param_groups(method: Method, config: OptimConfig) -> list[Group]:
         )
     else:
         defaults = param_groups_weight_decay(method.model, decay, no_weight_decay_list=keep)
-    claim([*defaults, *param_groups_weight_decay(method, decay)])
+    claim(defaults)
+    claim(param_groups_weight_decay(method, decay))
     if not groups:
         raise InputError("nothing to train: every parameter of the model is frozen; unfreeze some of them")
     return groups
