@@ -11,7 +11,6 @@ from types import ModuleType
 
 from contract import slow
 
-from once import quick_run
 from vitrail.catalog import cards
 from vitrail.checks.check import Verdict
 
@@ -29,6 +28,8 @@ class Check:
         return importlib.import_module(self.module)
 
     def verdict(self) -> Verdict:
+        from once import quick_run  # pytest alone finds it: what runs the contracts as a script has no checks
+
         return quick_run(self.load())[0]
 
 
