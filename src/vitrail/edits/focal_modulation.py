@@ -92,10 +92,13 @@ class FocalModulation(nn.Module):
             context = layer(context)
             total = total + context * levels[:, level : level + 1]
         mean = F.gelu(context.mean((2, 3), keepdim=True))
-        modulator = self.h(self.share * (total + mean * levels[:, -1:])).flatten(2).transpose(1, 2)
+        before = []
         if prefix:
             alone = self.share * mean * gates[:, None, :prefix, -1:]  # (B, C, prefix, 1)
-            modulator = torch.cat((self.h(alone).flatten(2).transpose(1, 2), modulator), 1)
+            before = [self.h(alone)[..., 0]]
+        # The last call is that of the map, which evaluate/modulator.py draws.
+        placed = self.h(self.share * (total + mean * levels[:, -1:])).flatten(2)
+        modulator = torch.cat((*before, placed), 2).transpose(1, 2)
         return self.proj_drop(self.proj(self.ln(query * modulator))).view(x.shape)
 
     def _places(self, x: Tensor) -> tuple[int, int, int]:
