@@ -140,6 +140,7 @@ def test_a_group_with_an_optimiser_of_its_own():
     def stepped(name, count, state=None):
         method, settings = with_own_settings(), config(name=name, weight_decay=0.0)
         optimizer = create_optimizer(param_groups(method, settings), settings)
+        assert {group["lr"] for group in optimizer.param_groups} == {0.1}
         if state is not None:
             method.load_state_dict(state[0])
             optimizer.load_state_dict(state[1])
